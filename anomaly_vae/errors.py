@@ -1,0 +1,45 @@
+"""Every error a user can cause, and the ones that are nobody's fault.
+
+A message is one line: what is wrong, with the name of the thing, and what to do about it.
+They are caught once, at the edge: the CLI prints the line and exits with `exit_code`, the service answers JSON.
+"""
+
+
+class AnomalyVaeError(Exception):
+    """Base of all errors raised on purpose."""
+
+    exit_code = 2
+
+
+class ConfigError(AnomalyVaeError):
+    """A configuration or an option says something impossible; the message names the field."""
+
+
+class DataError(AnomalyVaeError):
+    """A folder, manifest or data set cannot be used as it is."""
+
+
+class BadImage(AnomalyVaeError):
+    """Bytes that are no usable picture.
+
+    `code` is stable and meant for machines, such as `truncated` or `too_many_pixels`; `images.BAD_IMAGE_CODES`
+    lists them.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class CalibrationError(AnomalyVaeError):
+    """The calibration images cannot support what is asked; the message says how many it would take."""
+
+
+class BundleError(AnomalyVaeError):
+    """A bundle is missing, damaged, or of a format this version does not know."""
+
+
+class TrainingError(AnomalyVaeError):
+    """Training went wrong (a loss that is not a number, say) although the settings are legal."""
+
+    exit_code = 1

@@ -1,0 +1,103 @@
+"""`Spec`: the frozen value every setting is, and the one way YAML and `key.sub=value` overrides become one."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from anomaly_vae.errors import ConfigError
+
+
+class Spec(BaseModel):
+    """A frozen setting. Unknown keys are errors; so are values out of range, when the YAML is read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any], source: str = "the configuration") -> Self:
+        """Validate `data`; raises `ConfigError` in one line that names `source` and the first wrong field."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise ConfigError(f"{source}: {_first_problem(error)}") from None
+
+    @classmethod
+    def read(cls, path: Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a YAML file, apply `key.sub=value` overrides, validate."""
+        data = override(read_yaml(path), overrides)
+        return cls.parse(data, f"{path} with {', '.join(overrides)}" if overrides else str(path))
+
+    def with_overrides(self, overrides: Sequence[str]) -> Self:
+        """A copy in which `key.sub=value` texts are applied, validated as a whole."""
+        if not overrides:
+            return self
+        data = override(self.model_dump(mode="json"), overrides)
+        return type(self).parse(data, f"override {', '.join(overrides)}")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, but 1e-3 is a number, as everybody writing a learning rate expects."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)([eE][-+]?\d+)?$"),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Parse YAML text; raises `ConfigError` with the line of the mistake."""
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader with one more number format
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise ConfigError(f"{source}{where}: {problem}; mend the YAML there") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping from a file; an empty file is an empty mapping."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"cannot read the configuration {path}: {reason}; give the path of a YAML file") from None
+    data = parse_yaml(text, str(path))
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: the top level must be `key: value` lines, not {type(data).__name__}")
+    return data
+
+
+def override(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Apply `key.sub=value` texts to nested mappings; the value is YAML, so `true`, `3` and `[a, b]` work."""
+    result: dict[str, Any] = dict(data)
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip(". "):
+            raise ConfigError(f"override {text!r} is not of the form key.sub=value, such as training.epochs=20")
+        *parents, leaf = key.strip().split(".")
+        node = result
+        for parent in parents:
+            child = node.get(parent)
+            node[parent] = dict(child) if isinstance(child, Mapping) else {}
+            node = node[parent]
+        node[leaf] = parse_yaml(value, f"override {text!r}")
+    return result
+
+
+def _first_problem(error: ValidationError) -> str:
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    field = ".".join(str(part) for part in first["loc"]) or "settings"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = "no such setting; look for a misspelling"
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{field}: {message}{more}"
