@@ -1,0 +1,59 @@
+"""Calibrated image anomaly detection with variational autoencoders.
+
+`Detector.load(path).judge(images)` is the shortest way in; everything else a program needs is listed in `__all__` and
+imported when first used, so that `import anomaly_vae` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from anomaly_vae.detector import Detector as Detector
+    from anomaly_vae.detector import Judgement as Judgement
+    from anomaly_vae.detector import Policy as Policy
+    from anomaly_vae.engine import Engine as Engine
+    from anomaly_vae.errors import AnomalyVaeError as AnomalyVaeError
+    from anomaly_vae.errors import BadImage as BadImage
+    from anomaly_vae.errors import BundleError as BundleError
+    from anomaly_vae.errors import CalibrationError as CalibrationError
+    from anomaly_vae.errors import ConfigError as ConfigError
+    from anomaly_vae.errors import DataError as DataError
+    from anomaly_vae.errors import TrainingError as TrainingError
+    from anomaly_vae.images import ImageSpec as ImageSpec
+    from anomaly_vae.recipe import DetectorSpec as DetectorSpec
+    from anomaly_vae.rendering import heatmap_png as heatmap_png
+    from anomaly_vae.spec import Spec as Spec
+    from anomaly_vae.spec import override as override
+    from anomaly_vae.spec import parse_yaml as parse_yaml
+    from anomaly_vae.spec import read_yaml as read_yaml
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AnomalyVaeError": "errors",
+    "BadImage": "errors",
+    "BundleError": "errors",
+    "CalibrationError": "errors",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "Detector": "detector",
+    "DetectorSpec": "recipe",
+    "Engine": "engine",
+    "ImageSpec": "images",
+    "Judgement": "detector",
+    "Policy": "detector",
+    "Spec": "spec",
+    "TrainingError": "errors",
+    "heatmap_png": "rendering",
+    "override": "spec",
+    "parse_yaml": "spec",
+    "read_yaml": "spec",
+}
+
+__all__ = [*sorted(_HOME), "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'anomaly_vae' has no attribute {name!r}")
+    return getattr(import_module(f"anomaly_vae.{_HOME[name]}"), name)

@@ -1,0 +1,363 @@
+"""`Detector`: trained members, what their scores learned from normals, and the calibration. Never uncalibrated."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from anomaly_vae.bundle import Bundle, read_bundle, write_bundle
+from anomaly_vae.calibration import Calibration, Mode
+from anomaly_vae.errors import BundleError
+from anomaly_vae.fusion import fit_scale, standardise
+from anomaly_vae.images import ImageSpec, decode
+from anomaly_vae.model import AutoEncoder
+from anomaly_vae.recipe import FUSED, DetectorSpec
+from anomaly_vae.scores import Observation, wide
+
+Floats = npt.NDArray[np.float64]
+
+Batches = Callable[[], Iterator[Tensor]]
+"""Batches of uint8 images (B, C, H, W), as often as they are asked for."""
+
+_HEAT_QUANTILE = 0.995
+"""Share of the normals' pixels whose heat is at most 1."""
+_HEAT_STRIDE = 7
+"""Every seventh pixel tells the quantile as well and keeps large sets in memory."""
+
+PROBE_TOLERANCE = 1e-3
+"""How far a probe image's score may move on another device, as a share of the calibration scores' quartile range."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """When an image is an outlier, and what that promises.
+
+    `threshold`: the score above which it is one; None with K-fold calibration, where the p-value decides.
+    `band`: 5-95% range of the false-alarm rate given this calibration, None where none can be claimed.
+    """
+
+    alpha: float
+    mode: Mode
+    threshold: float | None
+    expected_false_alarm_rate: float
+    bound: float
+    band: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Verdicts of a batch, as columns. Higher scores and smaller p-values are more anomalous.
+
+    `parts`: every score by name, in its own unit. `heat`: (B, H, W) or None; divided by `heat_scale`, 99.5% of the
+    pixels of normal images are at most 1.
+    """
+
+    score: list[float]
+    p_value: list[float]
+    outlier: list[bool]
+    parts: dict[str, list[float]]
+    heat: npt.NDArray[np.float32] | None
+    heat_scale: float
+    policy: Policy
+    version: str
+
+    def __len__(self) -> int:
+        return len(self.score)
+
+    def row(self, i: int) -> dict[str, Any]:
+        """The i-th verdict as plain values, ready for JSON."""
+        return {
+            "score": self.score[i],
+            "p_value": self.p_value[i],
+            "outlier": self.outlier[i],
+            "alpha": self.policy.alpha,
+            "mode": self.policy.mode,
+            "threshold": self.policy.threshold,
+            "parts": {name: column[i] for name, column in self.parts.items()},
+        }
+
+
+@dataclass(frozen=True)
+class References:
+    """What the scores of one member know about normals, all from the *fit* split.
+
+    `of_scores[kind]`: tensors a score fitted. `scales[kind]`: quantiles for fusing. `heat_scale`: see `Judgement`.
+    """
+
+    of_scores: dict[str, dict[str, Tensor]]
+    scales: dict[str, Floats]
+    heat_scale: float
+
+
+@dataclass(frozen=True)
+class Member:
+    """One trained model and its references; K-fold calibration needs several."""
+
+    model: AutoEncoder
+    references: References
+
+    @classmethod
+    def fit(cls, spec: DetectorSpec, model: AutoEncoder, batches: Batches) -> "Member":
+        """Measure references on the *fit* split, in two passes: what scores fit, then the scores' own spread."""
+        model.eval()
+        rows, heats = [], []
+        with torch.inference_mode():
+            of_scores = _fit_scores(spec, model, batches)
+            for batch in batches():
+                seen = Observation(model, normalise(batch, model.device))
+                rows.append(_columns(spec, seen, of_scores))
+                heats.append(seen.heat(spec.heat_blur).flatten()[::_HEAT_STRIDE].cpu().numpy())
+        columns = np.concatenate(rows)
+        scales = {kind: fit_scale(_natural(spec, kind, columns[:, i])) for i, kind in enumerate(spec.parts)}
+        heat_scale = max(float(np.quantile(np.concatenate(heats), _HEAT_QUANTILE)), 1e-12)
+        return cls(model, References(of_scores, scales, heat_scale))
+
+    def judge(self, spec: DetectorSpec, seen: Observation) -> tuple[Floats, Floats]:
+        """Columns of all scores, (B, parts), and the score the verdict goes by, (B,)."""
+        columns = _columns(spec, seen, self.references.of_scores)
+        if spec.verdict != FUSED:
+            return columns, columns[:, spec.parts.index(spec.verdict)]
+        z = [
+            standardise(_natural(spec, kind, columns[:, spec.parts.index(kind)]), self.references.scales[kind])
+            for kind in spec.fusion.parts
+        ]
+        return columns, spec.fusion.fuse(np.stack(z, 1))
+
+    def on(self, device: torch.device) -> "Member":
+        """Model and references on `device`."""
+        of_scores = {
+            kind: {name: tensor.to(device) for name, tensor in tensors.items()}
+            for kind, tensors in self.references.of_scores.items()
+        }
+        return Member(self.model.to(device), replace(self.references, of_scores=of_scores))
+
+
+class Detector:
+    """Judges images; see `judge`. Built by `training`, saved and loaded by `save` and `load`.
+
+    `version`: the first 12 hex digits of its content hash. `seen`: hashes (uint64) of all pictures that took part in
+    training, fitting or calibration, so that an evaluation can leave them out.
+    """
+
+    def __init__(
+        self,
+        spec: DetectorSpec,
+        members: Sequence[Member],
+        calibration: Calibration,
+        policy: Policy | None = None,
+        version: str = "unsaved",
+        seen: npt.NDArray[np.uint64] | None = None,
+    ) -> None:
+        if len(members) != len(calibration.scores):
+            raise ValueError(f"{len(members)} members but calibration scores of {len(calibration.scores)}")
+        if spec.image is None:
+            raise ValueError("a detector needs a resolved image spec")
+        self.spec, self.members, self.calibration = spec, tuple(members), calibration
+        self.image: ImageSpec = spec.image
+        self.policy = policy or policy_of(calibration, spec.calibration.alpha, spec.calibration.mode)
+        self.version = version
+        self.seen = seen if seen is not None else np.zeros(0, np.uint64)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models lie."""
+        return self.members[0].model.device
+
+    def to(self, device: torch.device) -> "Detector":
+        """The same detector on another device."""
+        self.members = tuple(member.on(device) for member in self.members)
+        return self
+
+    def with_policy(self, alpha: float | None = None, mode: Mode | None = None) -> "Detector":
+        """The same detector under another alpha or mode; raises `CalibrationError` when n does not support it."""
+        policy = policy_of(self.calibration, alpha or self.policy.alpha, mode or self.policy.mode)
+        return Detector(self.spec, self.members, self.calibration, policy, self.version, self.seen)
+
+    def prepare(self, data: bytes) -> Tensor:
+        """A picture's bytes as the uint8 (C, H, W) that `judge` takes; raises `BadImage`. Safe in many threads."""
+        return decode(data, self.image)
+
+    def judge(self, images: Tensor, heat: bool = False) -> Judgement:
+        """Judge uint8 images (B, C, H, W): normalise, model, scores, fusion, p-value, verdict."""
+        with torch.inference_mode():
+            return self._judge(images, heat)
+
+    def _judge(self, images: Tensor, heat: bool) -> Judgement:
+        x = normalise(images, self.device)
+        columns, verdicts, heats = [], [], []
+        for member in self.members:
+            seen = Observation(member.model, x)
+            parts, verdict = member.judge(self.spec, seen)
+            columns.append(parts)
+            verdicts.append(verdict)
+            heats += [seen.heat(self.spec.heat_blur) / member.references.heat_scale] if heat else []
+        p_values = self.calibration.p_values(np.stack(verdicts, 1))
+        mean = np.mean(columns, 0)
+        return Judgement(
+            score=np.mean(verdicts, 0).tolist(),
+            p_value=p_values.tolist(),
+            outlier=self.calibration.outliers(p_values, self.policy.alpha, self.policy.mode).tolist(),
+            parts={kind: mean[:, i].tolist() for i, kind in enumerate(self.spec.parts)},
+            heat=torch.stack(heats).mean(0).float().cpu().numpy() if heat else None,
+            heat_scale=1.0,
+            policy=self.policy,
+            version=self.version,
+        )
+
+    def save(
+        self, path: Path, probes: Tensor | None = None, metrics: dict[str, Any] | None = None, replace: bool = False
+    ) -> "Detector":
+        """Write the bundle `path` and return this detector with its version.
+
+        `probes`: uint8 images kept beside their scores, by which `load` checks the device it loads on.
+        """
+        bundle = Bundle(self._description(), self._files(probes), metrics or {})
+        write_bundle(path, bundle, replace)
+        version = bundle.content_hash[:12]
+        return Detector(self.spec, self.members, self.calibration, self.policy, version, self.seen)
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device | str = "cpu") -> Self:
+        """Read a bundle and score its probes on `device`; raises `BundleError` where it is not as it was saved."""
+        bundle = read_bundle(path)
+        spec = DetectorSpec.parse(bundle.description.get("spec", {}), f"{path}/bundle.yaml")
+        numbers = safetensors.numpy.load(bundle.files["reference.safetensors"])
+        weights = safetensors.torch.load(bundle.files["weights.safetensors"])
+        count = int(bundle.description["members"])
+        members = [_unpack_member(spec, i, weights, numbers).on(torch.device(device)) for i in range(count)]
+        calibration = Calibration.of([numbers[f"calibration.{i}"] for i in range(count)], bundle.description["groups"])
+        policy = policy_of(calibration, bundle.description["alpha"], bundle.description["mode"])
+        detector = cls(spec, members, calibration, policy, bundle.content_hash[:12], numbers["seen"])
+        if "probes.safetensors" in bundle.files:
+            detector._check_probes(safetensors.numpy.load(bundle.files["probes.safetensors"]), path)
+        return detector
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "spec": self.spec.model_dump(mode="json"),
+            "members": len(self.members),
+            "alpha": self.policy.alpha,
+            "mode": self.policy.mode,
+            "groups": self.calibration.groups,
+            "calibration_images": self.calibration.n,
+            "seen_images": len(self.seen),
+            "data_fingerprint": fingerprint_of(self.seen),
+            "torch": str(torch.__version__),
+        }
+
+    def _files(self, probes: Tensor | None) -> dict[str, bytes]:
+        weights: dict[str, Tensor] = {}
+        numbers: dict[str, npt.NDArray[Any]] = {"seen": self.seen}
+        for i, member in enumerate(self.members):
+            for name, tensor in member.model.state_dict().items():
+                weights[f"{i}.{name}"] = tensor.detach().cpu().contiguous()
+            numbers |= {f"{i}.{name}": array for name, array in _pack_references(member.references).items()}
+            numbers[f"calibration.{i}"] = self.calibration.scores[i]
+        files = {
+            "weights.safetensors": safetensors.torch.save(weights),
+            "reference.safetensors": safetensors.numpy.save(numbers),
+        }
+        if probes is not None and len(probes):
+            scores = np.asarray(self.judge(probes).score)
+            files["probes.safetensors"] = safetensors.numpy.save({"images": probes.numpy(), "scores": scores})
+        return files
+
+    def _check_probes(self, probes: dict[str, npt.NDArray[Any]], path: Path) -> None:
+        again = np.asarray(self.judge(torch.from_numpy(probes["images"])).score)
+        low, high = np.quantile(np.concatenate(self.calibration.scores), [0.25, 0.75])
+        moved = float(np.abs(again - probes["scores"]).max()) / max(float(high - low), 1e-12)
+        if not moved <= PROBE_TOLERANCE:
+            raise BundleError(
+                f"{path} scores its own probe images differently on {self.device} (by {moved:.2g} quartile ranges, "
+                f"{PROBE_TOLERANCE:g} allowed); use another device or version of torch, or train again here"
+            )
+
+
+def fingerprint_of(seen: npt.NDArray[np.uint64]) -> str:
+    """16 hex digits that stand for a set of picture hashes, in whatever order they came."""
+    return hashlib.sha256(np.sort(seen).tobytes()).hexdigest()[:16]
+
+
+def policy_of(calibration: Calibration, alpha: float | None, mode: Mode) -> Policy:
+    """The policy at `alpha` (None: the smallest supported one); raises `CalibrationError` when n is too small."""
+    alpha = calibration.smallest_alpha(mode) if alpha is None else alpha
+    promise = calibration.promise(alpha, mode)
+    return Policy(alpha, mode, calibration.threshold(alpha, mode), promise.expected, promise.bound, promise.band)
+
+
+def normalise(images: Tensor, device: torch.device) -> Tensor:
+    """uint8 (B, C, H, W) to floats in [0, 1] on `device`, channels last; the bytes travel, the floats do not."""
+    x = images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+    return x.float() / 255
+
+
+def member_scores(spec: DetectorSpec, member: Member, batches: Iterator[Tensor]) -> Floats:
+    """The verdict's scores of all images in `batches` (uint8) by one member; shape (n,)."""
+    with torch.inference_mode():
+        scores = [
+            member.judge(spec, Observation(member.model, normalise(batch, member.model.device)))[1] for batch in batches
+        ]
+    return np.concatenate(scores) if scores else np.zeros(0)
+
+
+def _fit_scores(spec: DetectorSpec, model: AutoEncoder, batches: Batches) -> dict[str, dict[str, Tensor]]:
+    fitted: dict[str, dict[str, Tensor]] = {}
+    statistics: dict[str, list[Floats]] = {}
+    for batch in batches():
+        seen = Observation(model, normalise(batch, model.device))
+        for score in spec.scores:
+            statistic = score.statistic(seen)
+            if statistic is not None:
+                statistics.setdefault(score.kind, []).append(statistic.double().cpu().numpy())
+    for score in spec.scores:
+        if score.kind in statistics:
+            found = score.fit(np.concatenate(statistics[score.kind]))
+            fitted[score.kind] = {name: torch.from_numpy(value).to(model.device) for name, value in found.items()}
+    return fitted
+
+
+def _columns(spec: DetectorSpec, seen: Observation, of_scores: dict[str, dict[str, Tensor]]) -> Floats:
+    columns = [wide(score(seen, of_scores.get(score.kind, {}))) for score in spec.scores]
+    return np.asarray(torch.stack(columns, 1).cpu().numpy(), np.float64)
+
+
+def _natural(spec: DetectorSpec, kind: str, column: Floats) -> Floats:
+    """A score on the scale where normals are most nearly bell-shaped."""
+    score = spec.scores[spec.parts.index(kind)]
+    return np.log(np.maximum(column, 1e-300)) if score.log_scale else column
+
+
+def _pack_references(references: References) -> dict[str, npt.NDArray[Any]]:
+    packed: dict[str, npt.NDArray[Any]] = {"heat_scale": np.asarray(references.heat_scale)}
+    packed |= {f"scale.{kind}": knots for kind, knots in references.scales.items()}
+    for kind, tensors in references.of_scores.items():
+        packed |= {f"score.{kind}.{name}": tensor.cpu().numpy() for name, tensor in tensors.items()}
+    return packed
+
+
+def _unpack_member(
+    spec: DetectorSpec, i: int, weights: dict[str, Tensor], numbers: dict[str, npt.NDArray[Any]]
+) -> Member:
+    assert spec.image is not None
+    model = spec.model.build((spec.image.channels, spec.image.height, spec.image.width), seed=0)
+    own = {name.removeprefix(f"{i}."): tensor for name, tensor in weights.items() if name.startswith(f"{i}.")}
+    try:
+        model.load_state_dict(own)
+    except RuntimeError:
+        raise BundleError("the weights do not fit the bundle's own spec; restore the bundle from a copy") from None
+    model.lay_channels_last()
+    of_scores: dict[str, dict[str, Tensor]] = {}
+    for name, array in numbers.items():
+        if name.startswith(f"{i}.score."):
+            kind, part = name.removeprefix(f"{i}.score.").split(".")
+            of_scores.setdefault(kind, {})[part] = torch.from_numpy(array)
+    scales = {kind: numbers[f"{i}.scale.{kind}"] for kind in spec.parts}
+    return Member(model.eval(), References(of_scores, scales, float(numbers[f"{i}.heat_scale"])))

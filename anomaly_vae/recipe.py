@@ -1,0 +1,130 @@
+"""`DetectorSpec`: all that makes a detector, from the folder's layout to the verdict; stored whole in a bundle."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from anomaly_vae.calibration import Mode
+from anomaly_vae.data import DataSpec
+from anomaly_vae.fusion import FusionSpec
+from anomaly_vae.images import ImageSpec
+from anomaly_vae.model import ModelSpec
+from anomaly_vae.scores import (
+    KullbackLeibler,
+    LocalMaximum,
+    Mahalanobis,
+    NegativeElbo,
+    Reconstruction,
+    RelativeError,
+    ScoreSpec,
+    SquaredError,
+)
+from anomaly_vae.spec import Spec
+
+FUSED = "fused"
+
+
+class TrainingSpec(Spec):
+    """How the weights are found.
+
+    `steps` is the budget of optimiser steps, shared by the models of a K-fold detector; it decides the number of epochs
+    unless `epochs` is given. `select`:
+    `best` keeps the epoch with the lowest loss on the *fit* split and stops when there was none better for the share
+    `patience` of the budget (null: never); `last` keeps the last. `precision` `auto` is bfloat16
+    mixed precision on GPUs that have it and float32 elsewhere.
+    """
+
+    steps: int = Field(1500, ge=1)
+    epochs: int | None = Field(None, ge=1)
+    batch_size: int = Field(64, ge=2)
+    learning_rate: float = Field(2e-3, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    warmup: float = Field(0.05, ge=0, lt=1)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    clip_norm: float | None = Field(10.0, gt=0)
+    select: Literal["best", "last"] = "best"
+    patience: float | None = Field(0.25, gt=0, le=1)
+    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
+    checkpoint_seconds: float = Field(15.0, ge=0)
+
+
+class CalibrationSpec(Spec):
+    """How verdicts are calibrated; see `calibration`.
+
+    Fewer than `few_normals` usable normals are not split but calibrated by `folds`-fold cross-conformal prediction.
+    """
+
+    alpha: float | None = Field(None, gt=0, lt=1)
+    mode: Mode = "average"
+    few_normals: int = Field(200, ge=0)
+    folds: int = Field(5, ge=2, le=20)
+
+
+class SplitSpec(Spec):
+    """Shares of the normals (after the test part is set aside) that are not trained on."""
+
+    fit: float = Field(0.15, gt=0, lt=0.5)
+    calibrate: float = Field(0.25, gt=0, lt=0.8)
+
+    @model_validator(mode="after")
+    def _some_left_to_train(self) -> Self:
+        if self.fit + self.calibrate > 0.8:
+            raise ValueError("fit + calibrate must leave at least 20% of the normals for training")
+        return self
+
+
+def _default_scores() -> tuple[ScoreSpec, ...]:
+    return (
+        NegativeElbo(),
+        Reconstruction(),
+        KullbackLeibler(),
+        SquaredError(),
+        RelativeError(),
+        LocalMaximum(),
+        Mahalanobis(),
+    )
+
+
+class DetectorSpec(Spec):
+    """A detector before it is trained. `image: null` chooses size and channels from the pictures.
+
+    `verdict` names the score that is calibrated: one of `scores`, or `fused`. `probes`: how many training pictures the
+    bundle keeps to check itself on another machine (0: none).
+    """
+
+    preset: str = "custom"
+    image: ImageSpec | None = None
+    model: ModelSpec = Field(default_factory=ModelSpec)
+    scores: tuple[ScoreSpec, ...] = Field(default_factory=_default_scores, min_length=1)
+    fusion: FusionSpec = Field(default_factory=FusionSpec)
+    verdict: str = FUSED
+    heat_blur: float = Field(0.015, ge=0, le=0.5)
+    calibration: CalibrationSpec = Field(default_factory=CalibrationSpec)
+    split: SplitSpec = Field(default_factory=SplitSpec)
+    data: DataSpec = Field(default_factory=DataSpec)
+    training: TrainingSpec = Field(default_factory=TrainingSpec)
+    probes: int = Field(32, ge=0, le=1024)
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> Self:
+        kinds = [score.kind for score in self.scores]
+        if len(set(kinds)) < len(kinds):
+            raise ValueError(f"scores lists a kind twice: {', '.join(kinds)}")
+        if self.verdict != FUSED and self.verdict not in kinds:
+            raise ValueError(f"verdict {self.verdict!r} is not among the scores: {', '.join((FUSED, *kinds))}")
+        missing = [part for part in self.fusion.parts if part not in kinds]
+        if self.verdict == FUSED and missing:
+            raise ValueError(f"fusion.parts names {', '.join(missing)}, which scores does not compute; add it there")
+        return self
+
+    @model_validator(mode="after")
+    def _network_fits_image(self) -> Self:
+        if self.image is not None:
+            self.model.network.plan((self.image.channels, self.image.height, self.image.width))
+        return self
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the scores, in order."""
+        return tuple(score.kind for score in self.scores)

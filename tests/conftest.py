@@ -1,0 +1,71 @@
+"""Fixtures: a tiny but real detector, real pictures, and one thread for torch so that parallel tests do not fight."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from anomaly_vae import Detector, DetectorSpec
+from anomaly_vae.training import train
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).parent.parent
+
+TINY = DetectorSpec.parse(
+    {
+        "preset": "tiny",
+        "image": {"height": 16, "width": 16, "channels": 1},
+        "model": {"network": {"kind": "conv", "width": 12}, "latent": {"size": 12}},
+        "training": {"steps": 400, "batch_size": 32},
+    }
+)
+
+
+def write_digits(folder: Path, normal: str = "0123", count: int | None = None) -> Path:
+    """scikit-learn's digits as PNGs in `folder`/good and `folder`/<digit>."""
+    digits = load_digits()
+    for i, (pixels, label) in enumerate(zip(digits.images[:count], digits.target[:count], strict=True)):
+        place = folder / ("good" if str(label) in normal else str(label))
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.minimum(pixels * 16, 255).astype(np.uint8)).save(place / f"{i:04}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_digits(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture(scope="session")
+def tiny_spec() -> DetectorSpec:
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, digits_folder: Path) -> Path:
+    """A real bundle: trained for some seconds on the digits 0-3, split-calibrated."""
+    path = tmp_path_factory.mktemp("bundles") / "tiny"
+    train(TINY, digits_folder, path, device="cpu")
+    return path
+
+
+@pytest.fixture
+def tiny_detector(tiny_bundle: Path) -> Detector:
+    return Detector.load(tiny_bundle)
+
+
+@pytest.fixture(scope="session")
+def real_images() -> Path:
+    """Real pictures kept beside the project; a user's machine has none."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("the real images (MNIST, PIPED, London faces) are not on this machine")
+    return folder
