@@ -1,0 +1,200 @@
+"""The verb `evaluate`: how well a detector tells abnormal from normal pictures, and whether its promise holds."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from anomaly_vae.data import Pictures, open_pictures
+from anomaly_vae.detector import Judgement, Policy
+from anomaly_vae.engine import Engine
+from anomaly_vae.errors import DataError
+from anomaly_vae.layouts import DataSpec
+from anomaly_vae.metrics import Detection, Localisation, detection, localisation
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of abnormal pictures: how many, how many were flagged, and the AUROC against all test normals."""
+
+    kind: str
+    n: int
+    flagged: int
+    auroc: float | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures on pictures the detector has not seen. None where there is nothing to measure it on.
+
+    `false_alarms`: flagged normals, with the central 90% interval that calibration predicts for their number.
+    `detection_rate`: share of the abnormal flagged. `excluded`: pictures left out since the detector knows them.
+    `parts`: AUROC of each score by itself.
+    """
+
+    n_normal: int
+    n_abnormal: int
+    excluded: int
+    unreadable: int
+    policy: Policy
+    false_alarms: int
+    false_alarm_interval: tuple[int, int] | None
+    detected: int
+    quality: Detection | None
+    parts: dict[str, float]
+    kinds: list[Kind]
+    pixels: Localisation | None
+    images_per_second: float
+
+    @property
+    def false_alarm_rate(self) -> float | None:
+        """Share of normal test pictures flagged."""
+        return self.false_alarms / self.n_normal if self.n_normal else None
+
+    @property
+    def detection_rate(self) -> float | None:
+        """Share of abnormal test pictures flagged."""
+        return self.detected / self.n_abnormal if self.n_abnormal else None
+
+    @property
+    def alarms_as_promised(self) -> bool | None:
+        """Whether the false alarms lie inside their interval; None where none can be claimed."""
+        if self.false_alarm_interval is None:
+            return None
+        low, high = self.false_alarm_interval
+        return low <= self.false_alarms <= high
+
+    def to_dict(self) -> dict[str, Any]:
+        """One flat object for machines."""
+        return {
+            "auroc": self.quality and self.quality.auroc,
+            "auroc_interval": self.quality and self.quality.auroc_interval,
+            "average_precision": self.quality and self.quality.average_precision,
+            "tpr_at_1_fpr": self.quality and self.quality.tpr_at_1_fpr,
+            "alpha": self.policy.alpha,
+            "mode": self.policy.mode,
+            "false_alarms": self.false_alarms,
+            "false_alarm_rate": self.false_alarm_rate,
+            "false_alarm_interval": self.false_alarm_interval,
+            "alarms_as_promised": self.alarms_as_promised,
+            "detection_rate": self.detection_rate,
+            "n_normal": self.n_normal,
+            "n_abnormal": self.n_abnormal,
+            "excluded": self.excluded,
+            "unreadable": self.unreadable,
+            "parts": self.parts,
+            "kinds": [asdict(kind) for kind in self.kinds],
+            "pixels": self.pixels and asdict(self.pixels),
+            "images_per_second": self.images_per_second,
+        }
+
+
+def evaluate(engine: Engine, root: Path | str, data: DataSpec | None = None) -> Evaluation:
+    """Judge the test pictures under `root`, read by the bundle's own data spec unless another is given.
+
+    Pictures that took part in training, fitting or calibration are left out, wherever they lie and whatever their name;
+    so are, where groups are given, those of their groups.
+    """
+    detector = engine.detector
+    pictures = open_pictures(root, data or detector.spec.data, detector.image)
+    known = _known(pictures, detector.seen)
+    test = np.nonzero(~known & _in_test(pictures))[0]
+    if not len(test):
+        raise DataError(f"{root} holds no picture that this detector was not made from; give it held-out pictures")
+    started = time.monotonic()
+    judged = list(_judge(engine, pictures, test, heat=_has_masks(pictures)))
+    seconds = time.monotonic() - started
+    return _summarise(engine, pictures, test, judged, int(known.sum()), seconds)
+
+
+def _summarise(
+    engine: Engine, pictures: Pictures, test: Indices, judged: list[Judgement], excluded: int, seconds: float
+) -> Evaluation:
+    labels = np.array([pictures.items[i].label for i in test])
+    abnormal = np.array([not pictures.items[i].normal for i in test])
+    scores = np.array([score for one in judged for score in one.score])
+    flagged = np.array([outlier for one in judged for outlier in one.outlier])
+    parts = {name: [value for one in judged for value in one.parts[name]] for name in judged[0].parts}
+    policy, calibration = engine.detector.policy, engine.detector.calibration
+    n = int((~abnormal).sum())
+    claimed = policy.band is not None and n > 0
+    interval = calibration.false_alarms_interval(n, policy.alpha, policy.mode) if claimed else None
+    both = 0 < n < len(test)
+    return Evaluation(
+        n_normal=n,
+        n_abnormal=len(test) - n,
+        excluded=excluded,
+        unreadable=len(pictures.unreadable),
+        policy=policy,
+        false_alarms=int((flagged & ~abnormal).sum()),
+        false_alarm_interval=interval,
+        detected=int((flagged & abnormal).sum()),
+        quality=detection(scores[~abnormal], scores[abnormal]) if both else None,
+        parts={name: _auroc(np.array(column), abnormal) for name, column in parts.items()} if both else {},
+        kinds=_kinds(labels, abnormal, scores, flagged),
+        pixels=_pixels(pictures, test, judged),
+        images_per_second=len(test) / max(seconds, 1e-9),
+    )
+
+
+def _kinds(
+    labels: npt.NDArray[np.str_],
+    abnormal: npt.NDArray[np.bool_],
+    scores: npt.NDArray[np.float64],
+    flagged: npt.NDArray[np.bool_],
+) -> list[Kind]:
+    kinds = []
+    for kind in np.unique(labels[abnormal]):
+        own = abnormal & (labels == kind)
+        keep = own | ~abnormal
+        auroc = _auroc(scores[keep], abnormal[keep]) if (~abnormal).any() else None
+        kinds.append(Kind(str(kind), int(own.sum()), int((flagged & own).sum()), auroc))
+    return kinds
+
+
+def _pixels(pictures: Pictures, test: Indices, judged: list[Judgement]) -> Localisation | None:
+    heats = [one.heat for one in judged if one.heat is not None]
+    if not heats:
+        return None
+    heat = np.concatenate(heats)
+    # A normal picture's mask is empty by definition; an abnormal one without a mask says nothing about its pixels.
+    pairs = []
+    for i, one in zip(test, heat, strict=True):
+        mask = np.zeros(one.shape, bool) if pictures.items[i].normal else pictures.mask(int(i))
+        if mask is not None:
+            pairs.append((one, mask))
+    return localisation(*zip(*pairs, strict=True)) if pairs else None
+
+
+def _judge(engine: Engine, pictures: Pictures, test: Indices, heat: bool) -> Iterator[Judgement]:
+    for _, images in pictures.batches(engine.max_batch, test):
+        yield engine.judge(images, heat)
+
+
+def _auroc(scores: npt.NDArray[np.float64], abnormal: npt.NDArray[np.bool_]) -> float:
+    return detection(scores[~abnormal], scores[abnormal]).auroc
+
+
+def _has_masks(pictures: Pictures) -> bool:
+    return any(item.mask is not None for item in pictures.items)
+
+
+def _known(pictures: Pictures, seen: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    """Pictures that the detector was made from; outside an official test part, their whole groups."""
+    known = np.isin(pictures.fingerprints, seen)
+    if pictures.groups is None:
+        return known
+    official = np.array([item.split == "test" for item in pictures.items], bool)
+    return np.asarray(known | (np.isin(pictures.groups, pictures.groups[known]) & ~official), np.bool_)
+
+
+def _in_test(pictures: Pictures) -> npt.NDArray[np.bool_]:
+    """All pictures, or those of the official test part where there is one."""
+    parts = np.array([item.split or "" for item in pictures.items])
+    return parts == "test" if (parts == "test").any() else np.ones(len(parts), bool)

@@ -1,0 +1,288 @@
+"""The verb `train`: a folder of pictures becomes a calibrated detector in a bundle."""
+
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import yaml
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from anomaly_vae.bundle import write_durably
+from anomaly_vae.calibration import Calibration
+from anomaly_vae.data import Pictures, folds, open_pictures, split, suggest_image_spec, survey
+from anomaly_vae.detector import Batches, Detector, Member, fingerprint_of, member_scores, policy_of
+from anomaly_vae.errors import BundleError, TrainingError
+from anomaly_vae.fabric import make_fabric
+from anomaly_vae.fitting import Fitted, Fitting, Progress, generator_of, seed_of
+from anomaly_vae.model import AutoEncoder
+from anomaly_vae.recipe import DetectorSpec
+from anomaly_vae.spec import read_yaml
+
+Indices = npt.NDArray[np.int64]
+
+_SCORING_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one member is made from: indices of the pictures it trains on, fits references on, and calibrates."""
+
+    train: Indices
+    fit: Indices
+    calibrate: Indices
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What `train` leaves: the detector as saved, and what is worth telling about it."""
+
+    detector: Detector
+    path: Path
+    seconds: float
+    metrics: dict[str, Any]
+    notes: list[str]
+
+
+Say = Callable[[str], None]
+ReportMember = Callable[[int, int, Progress], None]
+
+
+def train(
+    spec: DetectorSpec,
+    root: Path | str,
+    out: Path,
+    *,
+    device: str = "auto",
+    overwrite: bool = False,
+    restart: bool = False,
+    say: Say = lambda line: None,
+    report: ReportMember = lambda member, members, progress: None,
+    tensorboard: Path | None = None,
+) -> Trained | None:
+    """Train, calibrate and save; returns None on all but the first of several processes.
+
+    An interrupted run goes on by itself when the same command is given again; `restart` begins anew. `say` receives
+    lines for people, `report(member, members, progress)` each epoch.
+    """
+    started = time.monotonic()
+    if out.exists() and not overwrite:
+        raise BundleError(f"{out} exists already; choose another --out, or pass --overwrite to replace it")
+    spec, pictures = load_pictures(spec, root, say)
+    parts, crossed = divide(spec, pictures)
+    say(_describe(parts, crossed, pictures))
+    # An alpha that these pictures cannot support is refused now, not after an hour of training.
+    groups = _group_count(pictures, parts)
+    policy_of(_blank_calibration(parts, groups), spec.calibration.alpha, spec.calibration.mode)
+    fabric = make_fabric(device, spec.training.precision, tensorboard)
+    work = out.absolute().with_name(f".{out.name}.training")
+    _open_work(work, spec, pictures, restart, fabric, say)
+    members, fitted = [], []
+    for i, part in enumerate(parts):
+        member, one = _make_member(spec, pictures, part, fabric, i, len(parts), work, report)
+        members.append(member)
+        fitted.append(one)
+    if not fabric.is_global_zero:
+        return None
+    detector = _calibrated(spec, pictures, parts, members, groups)
+    metrics = _metrics(spec, parts, fitted, started)
+    notes = [*pictures.notes, *_collapse_notes(fitted)]
+    saved = detector.save(out, _probes(spec, pictures, parts), metrics, replace=overwrite)
+    shutil.rmtree(work, ignore_errors=True)
+    return Trained(saved, out, metrics["seconds"], metrics, notes)
+
+
+def load_pictures(spec: DetectorSpec, root: Path | str, say: Say) -> tuple[DetectorSpec, Pictures]:
+    """Open the pictures and, where the spec leaves it open, choose the image size from them."""
+    if spec.image is None:
+        image = suggest_image_spec(survey(root, spec.data))
+        spec = spec.with_overrides([f"image={image.model_dump_json()}"])
+        say(
+            f"image: {image.width}x{image.height} px, {'colour' if image.channels == 3 else 'grey'} (from the pictures)"
+        )
+    assert spec.image is not None
+    pictures = open_pictures(root, spec.data, spec.image, _reading(say))
+    if pictures.unreadable:
+        key, reason = pictures.unreadable[0]
+        say(f"skipped {len(pictures.unreadable)} unreadable picture(s), such as {key}: {reason}")
+    return spec, pictures
+
+
+def _reading(say: Say) -> Callable[[int, int], None]:
+    """A line every ten seconds while many pictures are read."""
+    said = time.monotonic()
+
+    def progress(done: int, of: int) -> None:
+        nonlocal said
+        if time.monotonic() - said > 10:
+            said = time.monotonic()
+            say(f"read {done:,} of {of:,} pictures")
+
+    return progress
+
+
+def divide(spec: DetectorSpec, pictures: Pictures) -> tuple[list[Part], bool]:
+    """One part for split calibration, or K for cross-conformal calibration of few normals (True)."""
+    whole = split(
+        pictures,
+        seed=spec.seed,
+        test_fraction=spec.data.test_fraction,
+        fit_fraction=spec.split.fit,
+        calibrate_fraction=spec.split.calibrate,
+    )
+    usable = whole.pool
+    if len(usable) >= spec.calibration.few_normals:
+        return [Part(whole.train, whole.fit, whole.calibrate)], False
+    return _folded(spec, pictures, usable), True
+
+
+def _folded(spec: DetectorSpec, pictures: Pictures, usable: Indices) -> list[Part]:
+    unit = pictures.units
+    count = min(spec.calibration.folds, len(np.unique(unit[usable])))
+    parts = []
+    for k, held in enumerate(folds(usable, unit[usable], count, spec.seed)):
+        rest = np.setdiff1d(usable, held)
+        fit = _fit_share(spec, rest, unit[rest], seed_of(spec.seed, "fit", k) % 2**32)
+        parts.append(Part(np.setdiff1d(rest, fit), fit, held))
+    return parts
+
+
+def _fit_share(spec: DetectorSpec, rest: Indices, unit: Indices, seed: int) -> Indices:
+    """The pictures of `rest` that a member fits its references on instead of training."""
+    shares = max(2, round((1 - spec.split.calibrate) / spec.split.fit))
+    # Calibration needs whole groups; references do not, and one group may be half of what there is to train on.
+    whole = len(np.unique(unit)) >= 2 * shares
+    return folds(rest, unit if whole else None, shares, seed)[0]
+
+
+def _make_member(
+    spec: DetectorSpec,
+    pictures: Pictures,
+    part: Part,
+    fabric: Fabric,
+    i: int,
+    count: int,
+    work: Path,
+    report: ReportMember,
+) -> tuple[Member, Fitted]:
+    model = _build(spec, i)
+    seed = seed_of(spec.seed, "member", i)
+    fitting = Fitting(fabric, model, spec.training, pictures, part.train, part.fit, seed, 1 / count)
+
+    def tell(progress: Progress) -> None:
+        losses = {"loss": progress.loss, "reconstruction": progress.reconstruction, "kl": progress.kl}
+        fabric.log_dict({f"member{i}/{name}": value for name, value in losses.items()}, progress.epoch)
+        if fabric.is_global_zero:
+            report(i, count, progress)
+
+    fitted = fitting.run(work / f"member{i}.safetensors", tell)
+    return Member.fit(spec, model, _batches(pictures, part.fit)), fitted
+
+
+def _build(spec: DetectorSpec, i: int) -> AutoEncoder:
+    assert spec.image is not None
+    shape = (spec.image.channels, spec.image.height, spec.image.width)
+    return spec.model.build(shape, seed_of(spec.seed, "weights", i))
+
+
+def _calibrated(
+    spec: DetectorSpec, pictures: Pictures, parts: list[Part], members: list[Member], groups: int | None
+) -> Detector:
+    scores = [
+        member_scores(spec, member, _batches(pictures, part.calibrate)())
+        for member, part in zip(members, parts, strict=True)
+    ]
+    used = np.unique(np.concatenate([np.concatenate([part.train, part.fit, part.calibrate]) for part in parts]))
+    return Detector(spec, members, Calibration.of(scores, groups), seen=np.unique(pictures.fingerprints[used]))
+
+
+def _batches(pictures: Pictures, indices: Indices) -> Batches:
+    def batches() -> Iterator[Tensor]:
+        for _, images in pictures.batches(_SCORING_BATCH, indices):
+            yield images
+
+    return batches
+
+
+def _open_work(work: Path, spec: DetectorSpec, pictures: Pictures, restart: bool, fabric: Fabric, say: Say) -> None:
+    """The folder of checkpoints beside the bundle; an old one must be of the very same run."""
+    run = {"spec": spec.model_dump(mode="json"), "data": fingerprint_of(np.unique(pictures.fingerprints))}
+    if fabric.is_global_zero:
+        if restart:
+            shutil.rmtree(work, ignore_errors=True)
+        if (work / "run.yaml").exists():
+            if read_yaml(work / "run.yaml") != run:
+                raise TrainingError(
+                    f"an interrupted training with other settings or pictures lies in {work}; "
+                    "give its settings to go on with it, or pass --restart to begin anew"
+                )
+            say(f"going on with the interrupted training in {work}")
+        else:
+            work.mkdir(parents=True, exist_ok=True)
+            write_durably(work / "run.yaml", yaml.safe_dump(run, sort_keys=False).encode())
+    fabric.barrier()
+
+
+def _group_count(pictures: Pictures, parts: list[Part]) -> int | None:
+    if pictures.groups is None:
+        return None
+    return len(np.unique(pictures.groups[np.concatenate([part.calibrate for part in parts])]))
+
+
+def _blank_calibration(parts: list[Part], groups: int | None) -> Calibration:
+    return Calibration.of([np.zeros(len(part.calibrate)) for part in parts], groups)
+
+
+def _probes(spec: DetectorSpec, pictures: Pictures, parts: list[Part]) -> Tensor | None:
+    if not spec.probes:
+        return None
+    pool = parts[0].train
+    order = torch.randperm(len(pool), generator=generator_of(spec.seed, "probes", 0)).numpy()
+    return pictures.images(np.sort(pool[order[: spec.probes]]))
+
+
+def _metrics(spec: DetectorSpec, parts: list[Part], fitted: list[Fitted], started: float) -> dict[str, Any]:
+    return {
+        "seconds": round(time.monotonic() - started, 2),
+        "machine": platform.machine(),
+        "pictures": {name: [len(getattr(part, name)) for part in parts] for name in ("train", "fit", "calibrate")},
+        "latents": spec.model.latent.size,
+        "members": [
+            {
+                "epoch": one.epoch,
+                "epochs": one.epochs,
+                "held_out_loss": one.held_out,
+                "active_units": one.active_units,
+                "history": one.history,
+            }
+            for one in fitted
+        ],
+    }
+
+
+def _collapse_notes(fitted: list[Fitted]) -> list[str]:
+    collapsed = [str(i) for i, one in enumerate(fitted) if one.active_units == 0]
+    if not collapsed:
+        return []
+    return [
+        f"posterior collapse in member {', '.join(collapsed)}: no latent dimension carries information; "
+        "try -o model.latent.beta=0.1 or -o model.latent.free_bits=0.1"
+    ]
+
+
+def _describe(parts: list[Part], crossed: bool, pictures: Pictures) -> str:
+    usable = len(np.unique(np.concatenate([np.concatenate([p.train, p.fit, p.calibrate]) for p in parts])))
+    held = sum(item.normal for item in pictures.items) - usable
+    if crossed:
+        how = f"{len(parts)}-fold cross-calibration, {len(parts)} models, since they are few"
+    else:
+        part = parts[0]
+        how = f"{len(part.train)} train, {len(part.fit)} fit, {len(part.calibrate)} calibrate"
+    return f"normals: {usable} used ({how}), {held} left for testing"
