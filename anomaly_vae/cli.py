@@ -1,0 +1,334 @@
+"""`anomaly-vae`: one sub-command a verb. Thin: every command imports what it needs when it runs.
+
+Exit codes: 0 done; 1 something failed that is not the user's doing; 2 a mistake in the command, the configuration or
+the data; 4 some images could not be read; 130 interrupted.
+"""
+
+import json
+import os
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anomaly_vae import __version__
+from anomaly_vae.errors import AnomalyVaeError, ConfigError
+
+if TYPE_CHECKING:
+    from anomaly_vae.data import DataSpec
+    from anomaly_vae.engine import Engine
+    from anomaly_vae.recipe import DetectorSpec
+    from anomaly_vae.training import Trained
+
+app = typer.Typer(
+    help="Calibrated image anomaly detection with variational autoencoders.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 failed, 2 a mistake in command, configuration or data, 4 some images unreadable.",
+)
+
+Override = Annotated[
+    list[str] | None, typer.Option("-o", "--override", metavar="KEY.SUB=VALUE", help="Change one setting.")
+]
+DataOverride = Annotated[
+    list[str] | None,
+    typer.Option("-o", "--override", metavar="data.KEY=VALUE", help="Change how the folder is read."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto.")]
+BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder written by train.")]
+Alpha = Annotated[float | None, typer.Option(help="Another false-alarm rate than the bundle's.")]
+
+
+def main() -> None:
+    """Entry point: every error of the user's is one line, never a traceback."""
+    # OpenMP's threads spin while they wait; on a machine that does other work too that costs many times the work
+    # itself. libgomp reads this when torch is first imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    try:
+        app()
+    except AnomalyVaeError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if os.environ.get("ANOMALY_VAE_TRACEBACK"):
+            raise
+        reason = " ".join(str(error).split())
+        _fail(f"unexpected {type(error).__name__}: {reason} (set ANOMALY_VAE_TRACEBACK=1 to see where)", 1)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(f"anomaly-vae {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    config: Annotated[Path | None, typer.Argument(help="YAML file; see configs/models.")] = None,
+    *,
+    data: Annotated[str, typer.Option(help="Folder of pictures, CSV manifest, or NAME:ROOT such as mnist:DIR.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the bundle to.")],
+    preset: Annotated[str | None, typer.Option(help="A shipped recipe instead of CONFIG.")] = None,
+    override: Override = None,
+    device: Device = "auto",
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
+    restart: Annotated[bool, typer.Option(help="Begin anew instead of going on where a training stopped.")] = False,
+    tensorboard: Annotated[Path | None, typer.Option(help="Write TensorBoard logs there.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train on a folder of normal pictures, calibrate, and write a bundle."""
+    from anomaly_vae import console
+    from anomaly_vae.training import train as run
+
+    spec = _recipe(config, preset, override or [])
+    with console.training_view() as view:
+        trained = run(
+            spec,
+            data,
+            out,
+            device=device,
+            overwrite=overwrite,
+            restart=restart,
+            say=console.note,
+            report=view,
+            tensorboard=tensorboard,
+        )
+    if trained is not None:
+        _tell_trained(trained, as_json)
+
+
+def _recipe(config: Path | None, preset: str | None, overrides: list[str]) -> "DetectorSpec":
+    from anomaly_vae import console
+    from anomaly_vae.presets import DEFAULT, read_preset
+    from anomaly_vae.recipe import DetectorSpec
+
+    if config is not None and preset is not None:
+        raise ConfigError("give a CONFIG file or --preset, not both")
+    if config is not None:
+        return DetectorSpec.read(config, overrides)
+    if preset is None:
+        console.note("recipe: preset 'default', a convolutional VAE (--preset or a CONFIG file chooses another)")
+    return read_preset(preset or DEFAULT, overrides)
+
+
+def _tell_trained(trained: "Trained", as_json: bool) -> None:
+    from anomaly_vae import console
+
+    for line in trained.notes:
+        console.note(f"note: {line}")
+    if as_json:
+        policy = trained.detector.policy
+        facts = {
+            "bundle": str(trained.path),
+            "version": trained.detector.version,
+            "seconds": trained.seconds,
+            "alpha": policy.alpha,
+            "mode": policy.mode,
+            "expected_false_alarm_rate": policy.expected_false_alarm_rate,
+            "calibration_images": trained.detector.calibration.n,
+            "notes": trained.notes,
+        }
+        _print_json(facts)
+        return
+    chosen = [f"epoch {one['epoch']} of {one['epochs']}" for one in trained.metrics["members"]]
+    units = [str(one["active_units"]) for one in trained.metrics["members"]]
+    console.out.print(
+        f"trained in {trained.seconds:.0f} s; kept {', '.join(chosen)} (lowest held-out loss)"
+        if trained.detector.spec.training.select == "best"
+        else f"trained in {trained.seconds:.0f} s"
+    )
+    console.out.print(f"active latent units: {', '.join(units)} of {trained.metrics['latents']}")
+    console.out.print(console.policy_line(trained.detector))
+    console.out.print(f"bundle {trained.path} (version {trained.detector.version})")
+
+
+@app.command()
+def evaluate(
+    bundle: BundleArgument,
+    *,
+    data: Annotated[
+        str, typer.Option(help="Folder with normal and abnormal pictures; training pictures are left out.")
+    ],
+    alpha: Alpha = None,
+    override: DataOverride = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure AUROC and false alarms on pictures the detector has not seen."""
+    from anomaly_vae import console
+    from anomaly_vae.evaluation import evaluate as run
+
+    engine = _engine(bundle, device, alpha)
+    evaluation = run(engine, data, _data_spec(engine, override or []))
+    if as_json:
+        _print_json(evaluation.to_dict() | {"version": engine.detector.version})
+        return
+    if evaluation.excluded:
+        console.note(f"left out {evaluation.excluded} pictures that the detector was made from")
+    if evaluation.unreadable:
+        console.note(f"skipped {evaluation.unreadable} unreadable pictures")
+    console.out.print(console.evaluation_table(evaluation))
+    if len(evaluation.kinds) > 1:
+        console.out.print(console.kinds_table(evaluation))
+
+
+@app.command()
+def score(
+    bundle: BundleArgument,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Picture files.")],
+    heatmap: Annotated[Path | None, typer.Option(help="Write a heat map of each picture into this folder.")] = None,
+    alpha: Alpha = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Score single pictures."""
+    from anomaly_vae import console
+    from anomaly_vae.scoring import score_files
+
+    rows = score_files(_engine(bundle, device, alpha), images, heatmap)
+    if as_json:
+        _print_json({"results": rows})
+    else:
+        console.out.print(console.verdict_table(rows))
+    if any(row["error"] for row in rows):
+        raise typer.Exit(4)
+
+
+@app.command()
+def scan(
+    bundle: BundleArgument,
+    folder: Annotated[Path, typer.Argument(help="Folder, searched recursively.")],
+    *,
+    out: Annotated[Path, typer.Option(help="Table to write: .csv, .jsonl or .parquet.")],
+    alpha: Alpha = None,
+    device: Device = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images judged at once.")] = 32,
+    as_json: AsJson = False,
+) -> None:
+    """Score every picture under a folder into a table."""
+    from anomaly_vae import console
+    from anomaly_vae.scanning import scan as run
+
+    engine = _engine(bundle, device, alpha, batch_size)
+    view = console.ScanView()
+    try:
+        tally = run(engine, folder, out, view)
+    finally:
+        view.close()
+    if as_json:
+        _print_json({"out": str(out), "version": engine.detector.version, **vars(tally)})
+        return
+    rate = tally.outliers / max(tally.images, 1)
+    console.out.print(
+        f"{tally.images} images: {tally.outliers} outliers ({rate:.1%}); "
+        f"about {tally.expected:.1f} would be false alarms if all were normal"
+    )
+    if tally.errors:
+        console.out.print(f"{tally.errors} files could not be read; column 'error' of {out} says why")
+    console.out.print(f"written to {out}")
+
+
+@app.command()
+def serve(
+    bundle: BundleArgument,
+    config: Annotated[Path | None, typer.Option(help="YAML file; see configs/service.yaml.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, or auto.")] = None,
+    override: Override = None,
+) -> None:
+    """Serve a bundle over HTTP until interrupted."""
+    _service_command("serve")(bundle, config, host, port, device, override or [])
+
+
+@app.command()
+def info(bundle: BundleArgument, as_json: AsJson = False) -> None:
+    """Show what a bundle is, what its verdicts promise and how it was made."""
+    from anomaly_vae import console
+    from anomaly_vae.bundle import read_bundle
+    from anomaly_vae.describing import bundle_facts, facts_table
+    from anomaly_vae.detector import Detector
+
+    detector, stored = Detector.load(bundle), read_bundle(bundle)
+    facts = bundle_facts(detector, stored)
+    if as_json:
+        _print_json(facts)
+    else:
+        console.out.print(facts_table(bundle, facts))
+        console.out.print(console.policy_line(detector))
+
+
+@app.command()
+def check(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder of pictures, CSV manifest, or NAME:ROOT.")],
+    override: DataOverride = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look through a folder before training: duplicates, leaks, odd ones, unreadable files, smallest alpha."""
+    from anomaly_vae import console
+    from anomaly_vae.checking import check as run
+    from anomaly_vae.recipe import DetectorSpec
+
+    report = run(folder, DetectorSpec().with_overrides(_only_data(override or [])).data)
+    if as_json:
+        _print_json(report.to_dict())
+        return
+    for line in report.lines():
+        console.out.print(line, markup=False)
+
+
+@app.command()
+def demo(
+    check: Annotated[bool, typer.Option(help="Exit after the demo, non-zero if anything falls short.")] = False,
+    folder: Annotated[Path, typer.Option(help="Where the demo's pictures and bundle go.")] = Path(".demo"),
+    port: Annotated[int, typer.Option(help="Port of the demo's service; 0 takes a free one.")] = 8765,
+) -> None:
+    """Everything once, on handwritten digits: train, calibrate, evaluate, serve, score over HTTP."""
+    _service_command("demo")(check, folder, port)
+
+
+def _engine(bundle: Path, device: str, alpha: float | None, max_batch: int = 32) -> "Engine":
+    from anomaly_vae.detector import Detector
+    from anomaly_vae.engine import Engine, pick_device
+
+    detector = Detector.load(bundle, pick_device(device))
+    return Engine(detector.with_policy(alpha) if alpha is not None else detector, device, max_batch)
+
+
+def _data_spec(engine: "Engine", overrides: list[str]) -> "DataSpec":
+    return engine.detector.spec.with_overrides(_only_data(overrides)).data
+
+
+def _only_data(overrides: list[str]) -> list[str]:
+    for text in overrides:
+        if not text.startswith("data."):
+            raise ConfigError(f"override {text!r}: only data.* settings, such as data.normal=[good], apply here")
+    return overrides
+
+
+def _service_command(name: str) -> Any:
+    found = entry_points(group="anomaly_vae.commands", name=name)
+    if not found:
+        raise ConfigError(f"the command {name!r} comes with the service, which is not installed; reinstall the package")
+    return next(iter(found)).load()
+
+
+def _print_json(facts: Any) -> None:
+    typer.echo(json.dumps(facts, indent=2, allow_nan=False))
+
+
+def _fail(message: str, code: int) -> None:
+    typer.echo(f"error: {message}", err=True)
+    sys.exit(code)

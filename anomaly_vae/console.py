@@ -1,0 +1,157 @@
+"""What people see in a terminal: progress, tables, lines. Notes go to standard error, results to standard output."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from anomaly_vae.detector import Detector
+    from anomaly_vae.evaluation import Evaluation
+    from anomaly_vae.fitting import Progress as FittingProgress
+    from anomaly_vae.scanning import Tally
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+_PLAIN_SECONDS = 10.0
+
+
+def note(line: str) -> None:
+    """A line for people; machines reading standard output do not see it."""
+    err.print(line, markup=False)
+
+
+class TrainingView:
+    """Epoch by epoch: a bar on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, bar: Progress | None) -> None:
+        self.bar = bar
+        self.tasks: dict[int, TaskID] = {}
+        self.printed = 0.0
+
+    def __call__(self, member: int, members: int, progress: "FittingProgress") -> None:
+        losses = f"loss {progress.loss:.1f}  reconstruction {progress.reconstruction:.1f}  KL {progress.kl:.1f}"
+        losses += "" if progress.held_out != progress.held_out else f"  held-out {progress.held_out:.1f} nats"
+        who = f"model {member + 1}/{members}" if members > 1 else "training"
+        if self.bar is not None:
+            task = self.tasks.setdefault(member, self.bar.add_task(who, total=progress.epochs, losses=""))
+            self.bar.update(task, completed=progress.epoch, losses=losses)
+        elif time.monotonic() - self.printed > _PLAIN_SECONDS or progress.epoch == progress.epochs:
+            self.printed = time.monotonic()
+            rate = f"{progress.images_per_second:.0f} images/s"
+            note(f"{who}  epoch {progress.epoch}/{progress.epochs}  {losses}  {rate}")
+
+
+@contextmanager
+def training_view() -> Iterator[TrainingView]:
+    """A `TrainingView` that fits where standard error goes."""
+    if not err.is_terminal:
+        yield TrainingView(None)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[losses]}"), console=err) as bar:
+        yield TrainingView(bar)
+
+
+class ScanView:
+    """How far a scan is, at most twice a second on a terminal and every ten seconds elsewhere."""
+
+    def __init__(self) -> None:
+        self.started = self.printed = time.monotonic()
+        self.terminal = err.is_terminal
+
+    def __call__(self, tally: "Tally") -> None:
+        now = time.monotonic()
+        if now - self.printed < (0.5 if self.terminal else _PLAIN_SECONDS):
+            return
+        self.printed = now
+        rate = tally.images / max(now - self.started, 1e-9)
+        line = f"{tally.images} images, {tally.outliers} outliers, {tally.errors} unreadable, {rate:.0f} images/s"
+        if self.terminal:
+            sys.stderr.write(f"\r\033[K{line}")
+            sys.stderr.flush()
+        else:
+            note(line)
+
+    def close(self) -> None:
+        """Leave the cursor at the start of a clean line."""
+        if self.terminal:
+            sys.stderr.write("\r\033[K")
+
+
+def policy_line(detector: "Detector") -> str:
+    """What a verdict means, in one sentence."""
+    policy, calibration = detector.policy, detector.calibration
+    text = f"alpha {policy.alpha:g} ({policy.mode}) from {calibration.n} calibration images"
+    if calibration.groups is not None:
+        text += f" in {calibration.groups} groups"
+    if calibration.crossed:
+        text += f", {len(calibration.scores)}-fold: at most {policy.bound:g} of normal pictures are flagged on average"
+    elif policy.band is not None:
+        low, high = policy.band
+        text += f": expect {policy.expected_false_alarm_rate:.2%} false alarms (90% band {low:.2%} to {high:.2%})"
+    else:
+        text += f": expect {policy.expected_false_alarm_rate:.2%} false alarms (no band: images come in groups)"
+    return text
+
+
+def evaluation_table(evaluation: "Evaluation") -> Table:
+    """The figures of an evaluation, one a row."""
+    table = Table("figure", "value", title="Evaluation on pictures the detector has not seen", title_justify="left")
+    for name, value in _figures(evaluation):
+        table.add_row(name, value)
+    return table
+
+
+def kinds_table(evaluation: "Evaluation") -> Table:
+    """One row for each kind of abnormal picture."""
+    table = Table("kind", "pictures", "flagged", "AUROC", title="By kind", title_justify="left")
+    for kind in evaluation.kinds:
+        share = f"{kind.flagged} ({kind.flagged / kind.n:.0%})"
+        table.add_row(kind.kind, str(kind.n), share, "-" if kind.auroc is None else f"{kind.auroc:.3f}")
+    return table
+
+
+def _figures(evaluation: "Evaluation") -> Iterator[tuple[str, str]]:
+    yield "normal / abnormal pictures", f"{evaluation.n_normal} / {evaluation.n_abnormal}"
+    if evaluation.quality is not None:
+        low, high = evaluation.quality.auroc_interval
+        yield "AUROC", f"{evaluation.quality.auroc:.4f}  (95%: {low:.3f} to {high:.3f})"
+        yield "average precision", f"{evaluation.quality.average_precision:.4f}"
+        yield "found at 1% false alarms", f"{evaluation.quality.tpr_at_1_fpr:.1%}"
+    if evaluation.pixels is not None:
+        pixels = evaluation.pixels
+        figures = f"AUROC {pixels.auroc:.4f}, average precision {pixels.average_precision:.4f}, PRO {pixels.pro:.4f}"
+        yield "pixels", figures
+    if evaluation.false_alarm_rate is not None:
+        yield f"false alarms at alpha {evaluation.policy.alpha:g}", _alarms(evaluation)
+    if evaluation.detection_rate is not None:
+        yield "outliers found", f"{evaluation.detected} of {evaluation.n_abnormal} ({evaluation.detection_rate:.1%})"
+    yield "speed", f"{evaluation.images_per_second:.0f} images/s"
+
+
+def _alarms(evaluation: "Evaluation") -> str:
+    text = f"{evaluation.false_alarms} of {evaluation.n_normal} ({evaluation.false_alarm_rate:.1%})"
+    if evaluation.false_alarm_interval is None:
+        return f"{text}; at most {evaluation.policy.bound:.0%} promised on average"
+    low, high = evaluation.false_alarm_interval
+    verdict = "as promised" if evaluation.alarms_as_promised else "OUTSIDE what calibration predicts"
+    return f"{text}; {low} to {high} expected: {verdict}"
+
+
+def verdict_table(rows: list[dict[str, Any]]) -> Table:
+    """Verdicts of single pictures."""
+    table = Table("picture", "verdict", "p-value", "score")
+    for row in rows:
+        if row.get("error"):
+            table.add_row(row["path"], "unreadable", "", row["error"])
+        else:
+            verdict = "[bold red]outlier[/]" if row["outlier"] else "normal"
+            table.add_row(row["path"], verdict, f"{row['p_value']:.4f}", f"{row['score']:.3f}")
+    return table
