@@ -73,7 +73,8 @@ def test_files_hold_one_idea(path):
 def test_import_and_help_stay_light():
     code = (
         "import sys, anomaly_vae, anomaly_vae.cli; "
-        "heavy = {'torch', 'numpy', 'scipy', 'sklearn', 'flask', 'pyarrow'} & set(sys.modules); sys.exit(str(heavy) if heavy else 0)"
+        "heavy = {'torch', 'numpy', 'scipy', 'sklearn', 'flask', 'pyarrow'} & set(sys.modules); "
+        "sys.exit(str(heavy) if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, f"imported: {done.stderr}"
