@@ -1,8 +1,8 @@
 """`Detector`: trained members, what their scores learned from normals, and the calibration. Never uncalibrated."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,21 +16,15 @@ from torch import Tensor
 from anomaly_vae.bundle import Bundle, read_bundle, write_bundle
 from anomaly_vae.calibration import Calibration, Mode
 from anomaly_vae.errors import BundleError
-from anomaly_vae.fusion import fit_scale, standardise
 from anomaly_vae.images import ImageSpec, decode
-from anomaly_vae.model import AutoEncoder
-from anomaly_vae.recipe import FUSED, DetectorSpec
-from anomaly_vae.scores import Observation, wide
+from anomaly_vae.member import Member, References, normalise
+from anomaly_vae.recipe import DetectorSpec
+from anomaly_vae.scores import Observation
 
 Floats = npt.NDArray[np.float64]
 
-Batches = Callable[[], Iterator[Tensor]]
-"""Batches of uint8 images (B, C, H, W), as often as they are asked for."""
-
-_HEAT_QUANTILE = 0.995
-"""Share of the normals' pixels whose heat is at most 1."""
-_HEAT_STRIDE = 7
-"""Every seventh pixel tells the quantile as well and keeps large sets in memory."""
+HEAT_FULL = 4.0
+"""Heat is in units of the normals' extreme pixels; from four of them on it is painted brightest."""
 
 PROBE_TOLERANCE = 1e-3
 """How far a probe image's score may move on another device, as a share of the calibration scores' quartile range."""
@@ -56,8 +50,8 @@ class Policy:
 class Judgement:
     """Verdicts of a batch, as columns. Higher scores and smaller p-values are more anomalous.
 
-    `parts`: every score by name, in its own unit. `heat`: (B, H, W) or None; divided by `heat_scale`, 99.5% of the
-    pixels of normal images are at most 1.
+    `parts`: every score by name, in its own unit. `heat`: (B, H, W) or None, in a unit that 99.5% of the pixels
+    of normal images do not exceed; `heat_scale` is the heat to paint brightest.
     """
 
     score: list[float]
@@ -83,61 +77,6 @@ class Judgement:
             "threshold": self.policy.threshold,
             "parts": {name: column[i] for name, column in self.parts.items()},
         }
-
-
-@dataclass(frozen=True)
-class References:
-    """What the scores of one member know about normals, all from the *fit* split.
-
-    `of_scores[kind]`: tensors a score fitted. `scales[kind]`: quantiles for fusing. `heat_scale`: see `Judgement`.
-    """
-
-    of_scores: dict[str, dict[str, Tensor]]
-    scales: dict[str, Floats]
-    heat_scale: float
-
-
-@dataclass(frozen=True)
-class Member:
-    """One trained model and its references; K-fold calibration needs several."""
-
-    model: AutoEncoder
-    references: References
-
-    @classmethod
-    def fit(cls, spec: DetectorSpec, model: AutoEncoder, batches: Batches) -> "Member":
-        """Measure references on the *fit* split, in two passes: what scores fit, then the scores' own spread."""
-        model.eval()
-        rows, heats = [], []
-        with torch.inference_mode():
-            of_scores = _fit_scores(spec, model, batches)
-            for batch in batches():
-                seen = Observation(model, normalise(batch, model.device))
-                rows.append(_columns(spec, seen, of_scores))
-                heats.append(seen.heat(spec.heat_blur).flatten()[::_HEAT_STRIDE].cpu().numpy())
-        columns = np.concatenate(rows)
-        scales = {kind: fit_scale(_natural(spec, kind, columns[:, i])) for i, kind in enumerate(spec.parts)}
-        heat_scale = max(float(np.quantile(np.concatenate(heats), _HEAT_QUANTILE)), 1e-12)
-        return cls(model, References(of_scores, scales, heat_scale))
-
-    def judge(self, spec: DetectorSpec, seen: Observation) -> tuple[Floats, Floats]:
-        """Columns of all scores, (B, parts), and the score the verdict goes by, (B,)."""
-        columns = _columns(spec, seen, self.references.of_scores)
-        if spec.verdict != FUSED:
-            return columns, columns[:, spec.parts.index(spec.verdict)]
-        z = [
-            standardise(_natural(spec, kind, columns[:, spec.parts.index(kind)]), self.references.scales[kind])
-            for kind in spec.fusion.parts
-        ]
-        return columns, spec.fusion.fuse(np.stack(z, 1))
-
-    def on(self, device: torch.device) -> "Member":
-        """Model and references on `device`."""
-        of_scores = {
-            kind: {name: tensor.to(device) for name, tensor in tensors.items()}
-            for kind, tensors in self.references.of_scores.items()
-        }
-        return Member(self.model.to(device), replace(self.references, of_scores=of_scores))
 
 
 class Detector:
@@ -207,7 +146,7 @@ class Detector:
             outlier=self.calibration.outliers(p_values, self.policy.alpha, self.policy.mode).tolist(),
             parts={kind: mean[:, i].tolist() for i, kind in enumerate(self.spec.parts)},
             heat=torch.stack(heats).mean(0).float().cpu().numpy() if heat else None,
-            heat_scale=1.0,
+            heat_scale=HEAT_FULL,
             policy=self.policy,
             version=self.version,
         )
@@ -291,48 +230,6 @@ def policy_of(calibration: Calibration, alpha: float | None, mode: Mode) -> Poli
     alpha = calibration.smallest_alpha(mode) if alpha is None else alpha
     promise = calibration.promise(alpha, mode)
     return Policy(alpha, mode, calibration.threshold(alpha, mode), promise.expected, promise.bound, promise.band)
-
-
-def normalise(images: Tensor, device: torch.device) -> Tensor:
-    """uint8 (B, C, H, W) to floats in [0, 1] on `device`, channels last; the bytes travel, the floats do not."""
-    x = images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
-    return x.float() / 255
-
-
-def member_scores(spec: DetectorSpec, member: Member, batches: Iterator[Tensor]) -> Floats:
-    """The verdict's scores of all images in `batches` (uint8) by one member; shape (n,)."""
-    with torch.inference_mode():
-        scores = [
-            member.judge(spec, Observation(member.model, normalise(batch, member.model.device)))[1] for batch in batches
-        ]
-    return np.concatenate(scores) if scores else np.zeros(0)
-
-
-def _fit_scores(spec: DetectorSpec, model: AutoEncoder, batches: Batches) -> dict[str, dict[str, Tensor]]:
-    fitted: dict[str, dict[str, Tensor]] = {}
-    statistics: dict[str, list[Floats]] = {}
-    for batch in batches():
-        seen = Observation(model, normalise(batch, model.device))
-        for score in spec.scores:
-            statistic = score.statistic(seen)
-            if statistic is not None:
-                statistics.setdefault(score.kind, []).append(statistic.double().cpu().numpy())
-    for score in spec.scores:
-        if score.kind in statistics:
-            found = score.fit(np.concatenate(statistics[score.kind]))
-            fitted[score.kind] = {name: torch.from_numpy(value).to(model.device) for name, value in found.items()}
-    return fitted
-
-
-def _columns(spec: DetectorSpec, seen: Observation, of_scores: dict[str, dict[str, Tensor]]) -> Floats:
-    columns = [wide(score(seen, of_scores.get(score.kind, {}))) for score in spec.scores]
-    return np.asarray(torch.stack(columns, 1).cpu().numpy(), np.float64)
-
-
-def _natural(spec: DetectorSpec, kind: str, column: Floats) -> Floats:
-    """A score on the scale where normals are most nearly bell-shaped."""
-    score = spec.scores[spec.parts.index(kind)]
-    return np.log(np.maximum(column, 1e-300)) if score.log_scale else column
 
 
 def _pack_references(references: References) -> dict[str, npt.NDArray[Any]]:

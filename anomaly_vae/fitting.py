@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from anomaly_vae.checkpoints import Checkpoint
 from anomaly_vae.data import Pictures
-from anomaly_vae.detector import normalise
 from anomaly_vae.errors import TrainingError
+from anomaly_vae.member import normalise
 from anomaly_vae.model import AutoEncoder, Loss
 from anomaly_vae.recipe import TrainingSpec
 

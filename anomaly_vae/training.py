@@ -18,10 +18,11 @@ from torch import Tensor
 from anomaly_vae.bundle import write_durably
 from anomaly_vae.calibration import Calibration
 from anomaly_vae.data import Pictures, folds, open_pictures, split, suggest_image_spec, survey
-from anomaly_vae.detector import Batches, Detector, Member, fingerprint_of, member_scores, policy_of
+from anomaly_vae.detector import Detector, fingerprint_of, policy_of
 from anomaly_vae.errors import BundleError, TrainingError
 from anomaly_vae.fabric import make_fabric
 from anomaly_vae.fitting import Fitted, Fitting, Progress, generator_of, seed_of
+from anomaly_vae.member import Batches, Member, member_scores
 from anomaly_vae.model import AutoEncoder
 from anomaly_vae.recipe import DetectorSpec
 from anomaly_vae.spec import read_yaml
@@ -233,7 +234,10 @@ def _open_work(work: Path, spec: DetectorSpec, pictures: Pictures, restart: bool
 def _group_count(pictures: Pictures, parts: list[Part]) -> int | None:
     if pictures.groups is None:
         return None
-    return len(np.unique(pictures.groups[np.concatenate([part.calibrate for part in parts])]))
+    calibrate = np.concatenate([part.calibrate for part in parts])
+    count = len(np.unique(pictures.groups[calibrate]))
+    # Groups of one picture each leave the pictures exchangeable.
+    return count if count < len(calibrate) else None
 
 
 def _blank_calibration(parts: list[Part], groups: int | None) -> Calibration:

@@ -200,3 +200,18 @@ def unseen_normals(detector, folder):
     for i, item in enumerate(pictures.items):
         if item.normal and pictures.fingerprints[i] not in detector.seen:
             yield pictures.images([i])[0]
+
+
+def test_references_of_few_pictures_do_not_flatter_themselves(tiny_detector, tiny_spec, digits_folder):
+    """With 20 fit pictures for 12 latents, unseen normals must still lie around z = 0 on every fused scale."""
+    from anomaly_vae.fusion import standardise
+    from anomaly_vae.member import Member
+
+    pictures = open_pictures(digits_folder, tiny_spec.data, tiny_spec.image)
+    normal = [i for i, item in enumerate(pictures.items) if item.normal]
+    few, others = pictures.images(normal[:20]), pictures.images(normal[20:220])
+    member = Member.fit(tiny_spec, tiny_detector.members[0].model, lambda: iter(few.split(8)))
+    detector = Detector(tiny_spec, [member], tiny_detector.calibration)
+    for kind in tiny_spec.fusion.parts:
+        z = standardise(np.log(detector.judge(others).parts[kind]), member.references.scales[kind])
+        assert abs(np.median(z)) < 1.2, kind
