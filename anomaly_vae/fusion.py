@@ -45,11 +45,13 @@ def fit_scale(scores: npt.ArrayLike) -> Floats:
 
 
 def standardise(scores: npt.ArrayLike, knots: Floats) -> Floats:
-    """z of scores: Phi^-1 of their rank inside the knots, linear beyond with the slope of the nearer half."""
+    """z of scores: Phi^-1 of their rank inside the knots, linear beyond with the slope of the wider half.
+
+    The wider half, since with some dozen normals a half may by chance be so narrow that everything beyond looks extreme.
+    """
     s = np.asarray(scores, np.float64)
     z = np.interp(s, knots, _NORMAL_KNOTS)
     middle = knots[len(knots) // 2]
-    upper = (knots[-1] - middle) / _NORMAL_KNOTS[-1]
-    lower = (middle - knots[0]) / _NORMAL_KNOTS[-1]
-    z = np.where(s > knots[-1], _NORMAL_KNOTS[-1] + (s - knots[-1]) / upper, z)
-    return np.asarray(np.where(s < knots[0], _NORMAL_KNOTS[0] - (knots[0] - s) / lower, z), np.float64)
+    spread = max(knots[-1] - middle, middle - knots[0]) / _NORMAL_KNOTS[-1]
+    z = np.where(s > knots[-1], _NORMAL_KNOTS[-1] + (s - knots[-1]) / spread, z)
+    return np.asarray(np.where(s < knots[0], _NORMAL_KNOTS[0] - (knots[0] - s) / spread, z), np.float64)

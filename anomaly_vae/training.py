@@ -30,6 +30,7 @@ from anomaly_vae.spec import read_yaml
 Indices = npt.NDArray[np.int64]
 
 _SCORING_BATCH = 64
+_LEAST_FIT = 10
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,9 @@ def _folded(spec: DetectorSpec, pictures: Pictures, usable: Indices) -> list[Par
 
 def _fit_share(spec: DetectorSpec, rest: Indices, unit: Indices, seed: int) -> Indices:
     """The pictures of `rest` that a member fits its references on instead of training."""
-    shares = max(2, round((1 - spec.split.calibrate) / spec.split.fit))
+    shares = round((1 - spec.split.calibrate) / spec.split.fit)
+    # Below some ten pictures the scores' spread, on which the fusion rests, is anybody's guess.
+    shares = max(2, min(shares, len(rest) // _LEAST_FIT))
     # Calibration needs whole groups; references do not, and one group may be half of what there is to train on.
     whole = len(np.unique(unit)) >= 2 * shares
     return folds(rest, unit if whole else None, shares, seed)[0]
