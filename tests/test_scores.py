@@ -6,7 +6,7 @@ import torch
 from pydantic import TypeAdapter
 
 from anomaly_vae.data import open_pictures
-from anomaly_vae.detector import normalise
+from anomaly_vae.member import normalise
 from anomaly_vae.scores import Observation, ScoreSpec, gaussian_blur
 
 KINDS = [
