@@ -40,8 +40,9 @@ class TrainingView:
         losses += "" if progress.held_out != progress.held_out else f"  held-out {progress.held_out:.1f} nats"
         who = f"model {member + 1}/{members}" if members > 1 else "training"
         if self.bar is not None:
-            task = self.tasks.setdefault(member, self.bar.add_task(who, total=progress.epochs, losses=""))
-            self.bar.update(task, completed=progress.epoch, losses=losses)
+            if member not in self.tasks:
+                self.tasks[member] = self.bar.add_task(who, total=progress.epochs, losses="")
+            self.bar.update(self.tasks[member], completed=progress.epoch, losses=losses)
         elif time.monotonic() - self.printed > _PLAIN_SECONDS or progress.epoch == progress.epochs:
             self.printed = time.monotonic()
             rate = f"{progress.images_per_second:.0f} images/s"
