@@ -47,7 +47,7 @@ def fit_scale(scores: npt.ArrayLike) -> Floats:
 def standardise(scores: npt.ArrayLike, knots: Floats) -> Floats:
     """z of scores: Phi^-1 of their rank inside the knots, linear beyond with the slope of the wider half.
 
-    The wider half, since with some dozen normals a half may by chance be so narrow that everything beyond looks extreme.
+    The wider half, since with some dozen normals a half may by chance be so narrow that all beyond it looks extreme.
     """
     s = np.asarray(scores, np.float64)
     z = np.interp(s, knots, _NORMAL_KNOTS)
