@@ -1,0 +1,101 @@
+"""`Metrics`: what Prometheus sees, on a registry that is handed in; every label has few values, all known here."""
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+P_VALUES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+STAGES = ("read", "decode", "queue", "judge", "draw")
+# Why a picture or a request got no score: refusals of the queue first, then what went wrong afterwards.
+REJECTIONS = ("queue_full", "deadline", "draining", "failed", "too_large", "bad_request", "bad_image", "unscorable")
+
+
+class Metrics:
+    """Counters of one process that serves one device. `source` names where its pictures come from."""
+
+    def __init__(self, registry: CollectorRegistry, source: str = "default") -> None:
+        self.registry = registry
+        self._source = source
+        ProcessCollector(registry=registry)
+        self._declare_traffic(registry)
+        self._declare_verdicts(registry)
+        for stage in STAGES:
+            self._stages.labels(stage)
+        for reason in REJECTIONS:
+            self._rejected.labels(reason)
+
+    def _declare_traffic(self, registry: CollectorRegistry) -> None:
+        self._requests = Counter(
+            "anomaly_http_requests", "Requests answered", ["route", "method", "code"], registry=registry
+        )
+        self._request_seconds = Histogram(
+            "anomaly_http_request_duration_seconds", "Time to answer", ["route"], buckets=SECONDS, registry=registry
+        )
+        self._stages = Histogram(
+            "anomaly_stage_duration_seconds", "Time of each stage", ["stage"], buckets=SECONDS, registry=registry
+        )
+        self._batch_size = Histogram(
+            "anomaly_batch_size", "Pictures judged together", buckets=BATCHES, registry=registry
+        )
+        self._depth = Gauge("anomaly_queue_depth", "Pictures waiting for the model", registry=registry)
+        self._oldest = Gauge("anomaly_queue_oldest_seconds", "Wait of the first in the queue", registry=registry)
+        self._rejected = Counter(
+            "anomaly_rejected", "Requests and pictures without a score", ["reason"], registry=registry
+        )
+
+    def _declare_verdicts(self, registry: CollectorRegistry) -> None:
+        by = ["model", "version", "source"]
+        self._scored = Counter("anomaly_images_scored", "Pictures scored", by, registry=registry)
+        self._outliers = Counter("anomaly_outliers", "Pictures judged outliers by the policy", by, registry=registry)
+        self._expected = Gauge(
+            "anomaly_expected_outlier_ratio", "Outlier ratio expected of normal pictures", by, registry=registry
+        )
+        self._p_values = Histogram(
+            "anomaly_p_value", "p-values; uniform for normal pictures", by, buckets=P_VALUES, registry=registry
+        )
+        self._info = Gauge("anomaly_model_info", "1 for the model in force", ["model", "version"], registry=registry)
+
+    def announce_model(self, model: str, version: str, expected_outlier_ratio: float) -> None:
+        """Name the model in force; its counters start at 0 so that the first outlier is a visible increase."""
+        self._labels = {"model": model, "version": version, "source": self._source}
+        self._scored_now = self._scored.labels(**self._labels)
+        self._outliers_now = self._outliers.labels(**self._labels)
+        self._p_values_now = self._p_values.labels(**self._labels)
+        self._expected.labels(**self._labels).set(expected_outlier_ratio)
+        self._info.labels(model, version).set(1)
+
+    def watch_queue(self, depth: Callable[[], float], oldest_seconds: Callable[[], float]) -> None:
+        """Read the queue when scraped."""
+        self._depth.set_function(depth)
+        self._oldest.set_function(oldest_seconds)
+
+    def request(self, route: str, method: str, code: int, seconds: float) -> None:
+        """One answered request; `route` must be a template, never a raw path."""
+        self._requests.labels(route, method if method in METHODS else "other", str(code)).inc()
+        self._request_seconds.labels(route).observe(seconds)
+
+    def stage(self, stage: str, seconds: float) -> None:
+        """One stage of one picture, or of one request for `read`."""
+        self._stages.labels(stage).observe(seconds)
+
+    def batch(self, size: int) -> None:
+        """One batch the model judged."""
+        self._batch_size.observe(size)
+
+    def rejected(self, reason: str, count: int = 1) -> None:
+        """Pictures or requests that got no score, by one of REJECTIONS."""
+        self._rejected.labels(reason).inc(count)
+
+    def verdicts(self) -> int:
+        """How many pictures were scored under the model in force."""
+        return int(self.registry.get_sample_value("anomaly_images_scored_total", self._labels) or 0)
+
+    def verdict(self, p_value: float, outlier: bool) -> None:
+        """One picture scored under the policy in force."""
+        self._scored_now.inc()
+        self._p_values_now.observe(p_value)
+        if outlier:
+            self._outliers_now.inc()

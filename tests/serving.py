@@ -1,0 +1,86 @@
+"""A real service in a process of its own, for the tests of HTTP and of signals."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+START_SECONDS = 120
+
+
+@dataclass
+class Server:
+    """A running `serve` command: where it answers and what it printed."""
+
+    process: subprocess.Popen[str]
+    lines: list[str] = field(default_factory=list)
+    ready: threading.Event = field(default_factory=threading.Event)
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def url(self) -> str:
+        return self._word_after("address")
+
+    @property
+    def health(self) -> str:
+        return self._word_after("health").removesuffix("/ready,")
+
+    @property
+    def output(self) -> str:
+        return "".join(self.lines)
+
+    def stop(self) -> int:
+        """Send SIGTERM to the command, wait for it and for its last words; returns the exit code."""
+        self.process.terminate()
+        code = self.process.wait(60)
+        assert self.ended.wait(60)
+        return code
+
+    def _word_after(self, label: str) -> str:
+        line = next(line for line in self.lines if line.strip().startswith(label))
+        return line.split()[1]
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if line.strip().startswith("stop "):
+                self.ready.set()
+        self.ended.set()
+        self.ready.set()
+
+
+def started(bundle: Path, *options: str) -> Server:
+    """Start `serve BUNDLE` on free ports without waiting for it."""
+    command = [sys.executable, "-m", "anomaly_vae", "serve", str(bundle), "--port", "0", "--device", "cpu", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+    server = Server(process)
+    threading.Thread(target=server._read, daemon=True).start()
+    return server
+
+
+@contextmanager
+def running(bundle: Path, *settings: str) -> Iterator[Server]:
+    """A service that is ready; `settings` are key=value. It ends by Ctrl-C, which must be in good order."""
+    server = started(bundle, *(part for setting in settings for part in ("-o", setting)))
+    try:
+        assert server.ready.wait(START_SECONDS)
+        assert server.process.poll() is None, server.output
+        yield server
+        if server.process.poll() is None:
+            os.killpg(server.process.pid, signal.SIGINT)  # as a terminal does: to all processes of the command at once
+            assert server.process.wait(60) == 0
+            assert server.ended.wait(60)
+            assert "stopped: " in server.output
+    finally:
+        if server.process.poll() is None:
+            os.killpg(server.process.pid, signal.SIGKILL)
+            server.process.wait(60)
