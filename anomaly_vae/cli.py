@@ -46,9 +46,9 @@ Alpha = Annotated[float | None, typer.Option(help="Another false-alarm rate than
 
 def main() -> None:
     """Entry point: every error of the user's is one line, never a traceback."""
-    # OpenMP's threads spin while they wait; on a machine that does other work too that costs many times the work
-    # itself. libgomp reads this when torch is first imported.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    # OpenMP's threads spin while they wait for each other; on a machine that does anything else besides, that costs
+    # up to fifty times the work itself. It is read when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except AnomalyVaeError as error:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 def create_app(
     settings: "ServiceSettings",
-    detector: "Detector",
+    load: "Callable[[], Detector]",
     *,
     name: str = "default",
     readiness: "Readiness | None" = None,
@@ -46,13 +46,13 @@ def create_app(
 ) -> "Flask":
     """The Flask application around a detector, warmed up; `app.extensions["scorer"]` drains and closes it.
 
-    A given `readiness` is left to the caller to make ready; without one the application is ready at once. `on_lost`
-    is called when the model cannot judge any more and the process should end.
+    `load` returns the detector, such as `lambda: Detector.load(path)`, and is called on the model's own thread. A given
+    `readiness` is left to the caller to make ready; without one the application is ready at once. `on_lost` is called
+    when the model cannot judge any more and the process should end.
     """
     from flask import Flask
     from prometheus_client import CollectorRegistry
 
-    from anomaly_vae import Engine
     from service.api import api, install
     from service.health import Readiness, health_pages
     from service.metrics import Metrics
@@ -61,13 +61,12 @@ def create_app(
     stands = readiness or Readiness()
     registry = registry or CollectorRegistry()
     metrics = Metrics(registry, settings.source)
-    engine = Engine(detector, settings.device, settings.max_batch)
 
     def lost(error: Exception) -> None:
         stands.become("failed")
         on_lost(error)
 
-    scorer = Scorer(engine, settings.model or name, settings, metrics, lost)
+    scorer = Scorer(load, settings.model or name, settings, metrics, lost)
     app = Flask("service", static_folder=None)
     app.url_map.strict_slashes = False
     install(app, metrics)
@@ -202,11 +201,10 @@ def _load(place: Place, lifeline: Connection, held: Connection, report: Connecti
 
 
 def _start(place: Place, lifeline: Connection) -> "Flask":
-    # As the command line does: OpenMP's threads spin while they wait for each other, and where cores are shared with
-    # request threads or other programs that costs many times the work. It is read when torch is first imported.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    # OpenMP's threads spin while they wait for each other. Here they always share the cores with request threads, and
+    # then spinning costs up to four times the work itself. It is read when torch is first imported (GNU's, LLVM's).
+    os.environ.update(GOMP_SPINCOUNT="0", KMP_BLOCKTIME="0")
     import prometheus_client
-    import torch
 
     from anomaly_vae import Detector
     from service.health import Readiness, serve_health
@@ -216,11 +214,14 @@ def _start(place: Place, lifeline: Connection) -> "Flask":
     settings = place.settings
     readiness, registry = Readiness(), prometheus_client.CollectorRegistry()
     serve_health(settings.host, place.health_port, readiness, registry)
-    if settings.compute_threads is not None:
-        torch.set_num_threads(settings.compute_threads)
-    detector = Detector.load(place.bundle)
-    name = place.bundle.resolve().name
-    app = create_app(settings, detector, name=name, readiness=readiness, registry=registry, on_lost=_give_up)
+    app = create_app(
+        settings,
+        lambda: Detector.load(place.bundle),
+        name=place.bundle.resolve().name,
+        readiness=readiness,
+        registry=registry,
+        on_lost=_give_up,
+    )
     scorer: Scorer = app.extensions["scorer"]
     _drain_on_signal(readiness, scorer, lifeline)
     # Whatever ends this process, the accepted pictures are judged first.

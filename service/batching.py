@@ -145,20 +145,18 @@ class Reservation:
 
 
 class Batcher:
-    """The bounded queue before one judge, which is only ever called on this batcher's own thread.
+    """The bounded queue before one judge, which lives on this batcher's own thread from first to last.
 
-    `warm` runs there first; `until_warm` waits for it. `probe` is a uint8 (C, H, W) picture known to be judged well:
-    when a single picture fails, it tells a bad picture from a lost model. `extra_delay` (seconds) waits for a fuller
-    batch, counted from the oldest picture. A bulk picture counts as having come `bulk_patience` seconds later than it
-    did: it yields, but never starves.
+    `start` runs there and returns the judge and a probe, a uint8 (C, H, W) picture known to be judged well: when a
+    single picture fails, it tells a bad picture from a lost model. `until_started` waits for it. `extra_delay`
+    (seconds) waits for a fuller batch, counted from the oldest picture. A bulk picture counts as having come
+    `bulk_patience` seconds later than it did: it yields, but never starves.
     """
 
     def __init__(
         self,
-        judge: Judge,
-        probe: "Tensor",
+        start: Callable[[], tuple[Judge, "Tensor"]],
         *,
-        warm: Callable[[], None] = lambda: None,
         max_batch: int = 16,
         queue_size: int = 64,
         extra_delay: float = 0.0,
@@ -168,9 +166,7 @@ class Batcher:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.clock = clock
-        self._judge = judge
-        self._probe = probe
-        self._warm = warm
+        self._start = start
         self._max_batch = max_batch
         self._queue_size = queue_size
         self._extra_delay = extra_delay
@@ -190,7 +186,7 @@ class Batcher:
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
         self._thread.start()
 
-    def until_warm(self) -> None:
+    def until_started(self) -> None:
         """Wait until the first batch can be judged; raises whatever prevented it."""
         self._started.wait()
         if self._error is not None:
@@ -269,15 +265,19 @@ class Batcher:
 
     def _work(self) -> None:
         try:
-            self._warm()
+            self._judge, self._probe = self._start()
+        except Exception as error:
+            self._lost, self._error = True, error
+            return
+        finally:
             self._started.set()
+        try:
             while batch := self._next_batch():
                 self._judge_batch(batch)
                 with self._changed:
                     self._running = []
         except Exception as error:  # whatever it is, nobody may be left waiting for this thread
             self._lose(error)
-            self._started.set()
 
     def _next_batch(self) -> list[Ticket]:
         """Sleep until there is something to launch; an empty list means drained or lost."""

@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from anomaly_vae import BadImage, heatmap_png
-from service.batching import Batcher, NotAccepted, NotScored, Reservation, Scored, Ticket
+from anomaly_vae import BadImage, Engine, heatmap_png
+from service.batching import Batcher, Judge, NotAccepted, NotScored, Reservation, Scored, Ticket
 from service.errors import Problem
 from service.metrics import Metrics
 from service.settings import ServiceSettings
 from service.uploads import Upload
 
 if TYPE_CHECKING:
-    from anomaly_vae import Engine
+    from torch import Tensor
+
+    from anomaly_vae import Detector
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -39,29 +41,26 @@ class Verdict:
 
 
 class Scorer:
-    """One model behind its queue; `score` may be called from any number of threads."""
+    """One model behind its queue; `score` may be called from any number of threads.
+
+    `load` is called on the thread that will own the model. Nothing of it may run elsewhere: a second thread that
+    computes has OpenMP threads of its own, and with more of them than cores every batch takes twice as long.
+    """
 
     def __init__(
         self,
-        engine: "Engine",
+        load: Callable[[], "Detector"],
         name: str,
         settings: ServiceSettings,
         metrics: Metrics,
         on_lost: Callable[[Exception], None] = lambda _: None,
     ) -> None:
-        import torch
-
-        detector = engine.detector
         self.name = name
-        self.detector = detector
-        self._prepare = engine.prepare
+        self._load, self._settings = load, settings
         self._metrics = metrics
         self._decoders = threading.BoundedSemaphore(settings.threads_for_decoding())
-        image = detector.image
         self._batcher = Batcher(
-            engine.judge,
-            torch.zeros((image.channels, image.height, image.width), dtype=torch.uint8),
-            warm=engine.warm,
+            self._start,
             max_batch=settings.max_batch,
             queue_size=settings.queue_size,
             extra_delay=settings.extra_delay_ms / 1000,
@@ -69,9 +68,20 @@ class Scorer:
             on_batch=metrics.batch,
             on_lost=on_lost,
         )
-        metrics.announce_model(name, detector.version, detector.policy.expected_false_alarm_rate)
+        self._batcher.until_started()
+        metrics.announce_model(name, self.detector.version, self.detector.policy.expected_false_alarm_rate)
         metrics.watch_queue(self._batcher.depth, self._batcher.oldest_seconds)
-        self._batcher.until_warm()
+
+    def _start(self) -> tuple[Judge, "Tensor"]:
+        import torch
+
+        if self._settings.compute_threads is not None:
+            torch.set_num_threads(self._settings.compute_threads)
+        engine = Engine(self._load(), self._settings.device, self._settings.max_batch)
+        engine.warm()
+        self.detector, self._prepare = engine.detector, engine.prepare
+        image = engine.detector.image
+        return engine.judge, torch.zeros((image.channels, image.height, image.width), dtype=torch.uint8)
 
     def score(self, files: Sequence[Upload], *, deadline: float, heatmap: bool) -> list[Verdict | Problem]:
         """One outcome a file, in order; `deadline` is a `time.monotonic()`. Raises `Problem` if all are refused.

@@ -69,8 +69,8 @@ def picture(value: int) -> Tensor:
     return torch.full((1, 1, 1), value, dtype=torch.uint8)
 
 
-def made(judge: Judge, **options: Any) -> Batcher:
-    return Batcher(judge, picture(0), **options)
+def made(judge: Any, **options: Any) -> Batcher:
+    return Batcher(lambda: (judge, picture(0)), **options)
 
 
 def put(batcher: Batcher, value: int, **options: Any) -> Ticket:
@@ -97,10 +97,15 @@ def test_an_idle_model_starts_at_once_and_what_waited_goes_together_in_order() -
     assert batcher.close(SOON)
 
 
-def test_the_model_lives_on_one_thread_warm_up_included() -> None:
+def test_the_model_lives_on_one_thread_from_its_start() -> None:
     judge = Judge()
-    batcher = made(judge, warm=lambda: judge(picture(0), False) and None)
-    batcher.until_warm()
+
+    def start() -> tuple[Judge, Tensor]:
+        judge(picture(0), False)
+        return judge, picture(0)
+
+    batcher = Batcher(start)
+    batcher.until_started()
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda value: put(batcher, value).result(), range(32)))
     assert len(judge.threads) == 1
@@ -108,16 +113,20 @@ def test_the_model_lives_on_one_thread_warm_up_included() -> None:
     assert batcher.close(SOON)
 
 
-def test_a_model_that_cannot_warm_up_says_so_and_accepts_nothing() -> None:
-    def cold() -> None:
+def test_a_model_that_cannot_start_says_why_and_accepts_nothing() -> None:
+    lost: list[Exception] = []
+
+    def start() -> tuple[Judge, Tensor]:
         raise RuntimeError("no device")
 
-    batcher = made(Judge(), warm=cold)
+    batcher = Batcher(start, on_lost=lost.append)
     with pytest.raises(RuntimeError, match="no device"):
-        batcher.until_warm()
+        batcher.until_started()
     with pytest.raises(NotAccepted) as refusal:
         batcher.reserve()
     assert refusal.value.reason == "failed"
+    assert batcher.close(SOON)
+    assert not lost
 
 
 def test_places_are_bounded_taken_all_or_none_and_given_back() -> None:
@@ -152,7 +161,7 @@ def test_the_wait_of_a_refusal_grows_with_the_queue() -> None:
         clock.now += 2.0
         return judge(images, heatmaps)
 
-    batcher = Batcher(slow, picture(0), max_batch=2, queue_size=6, clock=clock)
+    batcher = made(slow, max_batch=2, queue_size=6, clock=clock)
     put(batcher, 1).result()
     judge.gate.clear()
     assert judge.entered.acquire(timeout=SOON)
@@ -210,7 +219,7 @@ def test_a_deadline_nearer_than_the_queue_is_long_is_refused_but_an_idle_model_t
         clock.now += 2.0
         return judge(images, heatmaps)
 
-    batcher = Batcher(slow, picture(0), clock=clock)
+    batcher = made(slow, clock=clock)
     put(batcher, 1).result()
     assert judge.entered.acquire(timeout=SOON)
     # The running flag falls a moment after the result is given.
