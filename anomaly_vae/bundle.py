@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from anomaly_vae.errors import BundleError
-from anomaly_vae.spec import read_yaml
+from anomaly_vae.errors import BundleError, ConfigError
+from anomaly_vae.spec import dump_yaml, read_yaml
 
 FORMAT = 1
 MANIFEST = "bundle.yaml"
 METRICS = "metrics.json"
+_LARGEST_MANIFEST = 2**20
 
 
 @dataclass(frozen=True)
@@ -41,39 +40,46 @@ class Bundle:
 
 def write_bundle(path: Path, bundle: Bundle, replace: bool = False) -> None:
     """Write `bundle` as the folder `path`; raises `BundleError` where something stands already and `replace` is off."""
-    path = path.absolute()
-    if path.exists() and not replace:
-        raise BundleError(f"{path} exists already; choose another --out, or pass --overwrite to replace it")
-    if path.exists() and not (path / MANIFEST).is_file():
-        raise BundleError(f"{path} exists and is no bundle, so it is not replaced; choose another --out")
+    check_place(path, replace)
+    path = path.resolve()
+    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         temporary.chmod(0o755)
-    except OSError as error:
-        raise BundleError(f"cannot write beside {path}: {error.strerror}; choose another --out") from None
-    try:
         _fill(temporary, bundle)
+        read_bundle(temporary)
         _put_in_place(temporary, path)
+    except OSError as error:
+        raise BundleError(f"cannot write {path}: {error.strerror}; make room or choose another --out") from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_place(path: Path, replace: bool) -> None:
+    """Refuse, before any work is done, a place that a bundle must not be written to."""
+    if path.exists() and not replace:
+        raise BundleError(f"{path} exists already; choose another --out, or pass --overwrite to replace it")
+    if path.exists() and not (path / MANIFEST).is_file():
+        raise BundleError(f"{path} exists and is no bundle, so it is not replaced; choose another --out")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise BundleError(f"cannot write into {parent}; choose another --out")
 
 
 def read_bundle(path: Path) -> Bundle:
     """Read and check the folder `path`; raises `BundleError` when missing, damaged, or of a newer format."""
     if not (path / MANIFEST).is_file():
         raise BundleError(f"{path} is no bundle (it has no {MANIFEST}); give the folder that `train --out` wrote")
-    manifest = read_yaml(path / MANIFEST)
-    number = manifest.get("format")
-    if not isinstance(number, int) or number > FORMAT:
-        raise BundleError(f"{path} has bundle format {number} and this version reads up to {FORMAT}; upgrade")
-    hashes = manifest.get("files")
-    description = manifest.get("description")
-    if not isinstance(hashes, dict) or not isinstance(description, dict):
-        raise BundleError(f"{path}/{MANIFEST} is damaged; restore the bundle from a copy or train again")
-    files = {name: _read_checked(path, name, wanted) for name, wanted in hashes.items()}
-    bundle = Bundle(description, files, _read_metrics(path / METRICS))
-    if manifest.get("content_hash") != bundle.content_hash:
+    manifest = _read_manifest(path)
+    files = {name: _read_checked(path, name, wanted) for name, wanted in manifest["files"].items()}
+    bundle = Bundle(manifest["description"], files, _read_metrics(path / METRICS))
+    try:
+        found = bundle.content_hash
+    except (TypeError, ValueError):
+        found = ""
+    if manifest.get("content_hash") != found:
         raise BundleError(f"{path}/{MANIFEST} was changed after training; restore the bundle from a copy")
     return bundle
 
@@ -89,6 +95,24 @@ def write_durably(path: Path, data: bytes) -> None:
     _sync_folder(path.parent)
 
 
+def _read_manifest(path: Path) -> dict[str, Any]:
+    damaged = BundleError(f"{path / MANIFEST} is damaged; restore the bundle from a copy or train again")
+    if (path / MANIFEST).stat().st_size > _LARGEST_MANIFEST:
+        raise damaged
+    try:
+        manifest = read_yaml(path / MANIFEST)
+    except ConfigError:
+        raise damaged from None
+    number, hashes = manifest.get("format"), manifest.get("files")
+    if isinstance(number, int) and number > FORMAT:
+        raise BundleError(f"{path} has bundle format {number} and this version reads up to {FORMAT}; upgrade")
+    if number not in range(1, FORMAT + 1) or not isinstance(manifest.get("description"), dict):
+        raise damaged
+    if not isinstance(hashes, dict) or not all(isinstance(part, str) for pair in hashes.items() for part in pair):
+        raise damaged
+    return manifest
+
+
 def _fill(folder: Path, bundle: Bundle) -> None:
     manifest = {
         "format": FORMAT,
@@ -96,10 +120,10 @@ def _fill(folder: Path, bundle: Bundle) -> None:
         "files": _hashes(bundle.files),
         "description": bundle.description,
     }
-    text = yaml.safe_dump(manifest, sort_keys=False, allow_unicode=True)
+    text = dump_yaml(manifest)
     for name, data in bundle.files.items():
         write_durably(folder / name, data)
-    write_durably(folder / METRICS, json.dumps(bundle.metrics, indent=2).encode())
+    write_durably(folder / METRICS, json.dumps(bundle.metrics, indent=2, allow_nan=False).encode())
     write_durably(folder / MANIFEST, text.encode())
 
 
@@ -108,7 +132,12 @@ def _put_in_place(temporary: Path, path: Path) -> None:
     if path.exists():
         old = path.with_name(f".{path.name}.old.{os.getpid()}")
         path.replace(old)
-    temporary.replace(path)
+    try:
+        temporary.replace(path)
+    except OSError:
+        if old is not None:
+            old.replace(path)
+        raise
     _sync_folder(path.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
@@ -117,6 +146,8 @@ def _put_in_place(temporary: Path, path: Path) -> None:
 def _read_checked(folder: Path, name: str, wanted: str) -> bytes:
     if Path(name).name != name:
         raise BundleError(f"{folder}/{MANIFEST} names a file outside the bundle ({name!r}); do not use this bundle")
+    if not (folder / name).is_file() or (folder / name).is_symlink():
+        raise BundleError(f"{folder / name} is missing or no plain file; restore the bundle from a copy")
     try:
         data = (folder / name).read_bytes()
     except OSError as error:

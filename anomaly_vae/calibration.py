@@ -68,12 +68,13 @@ def smallest_alpha(n: int, mode: Mode = "average") -> float:
 class Promise:
     """What a verdict at this alpha promises about the false-alarm rate on new normal images.
 
-    `expected` is its mean over calibration sets. `band` is the 5-95% range it has given one calibration set, or None
-    where none can be claimed (grouped images, K-fold); `bound` is what it never exceeds on average.
+    `expected`: its mean over calibration sets (nominal, with K-fold or groups). `bound`: what that mean is proven not
+    to exceed; None for grouped images, since those of a new group may differ from all that were seen. `band`: the
+    5-95% range of the rate given this calibration set; None with K-fold or groups.
     """
 
     expected: float
-    bound: float
+    bound: float | None
     band: tuple[float, float] | None
 
 
@@ -82,7 +83,9 @@ class Calibration:
     """Scores of calibration images, one array for each member of the detector that ranks them.
 
     One member: split conformal. K members: each image's score comes from the one member that never saw it
-    (cross-conformal, Vovk 2015), p sums the counts over members, and the guarantee is 2 alpha (Barber et al. 2021).
+    (cross-conformal, Vovk 2015) and p sums the counts over members. With k of `rank_allowed`, outliers have a weighted
+    mean of the members' own p-values of at most (k + K - 1) / (n + K), and twice a mean of p-values is a p-value (Vovk
+    and Wang 2020): the rate is proven to be at most twice that. It is near alpha in practice.
     `groups`: number of independent groups of images, when they are not exchangeable one by one.
     """
 
@@ -147,10 +150,11 @@ class Calibration:
         """What the verdict at `alpha` promises; see `Promise`."""
         k = self.rank(alpha, mode)
         expected = k / (self.n + 1)
-        if self.crossed:
-            return Promise(expected, 2 * alpha, None)
         if self.groups is not None:
-            return Promise(expected, alpha, None)
+            return Promise(expected, None, None)
+        if self.crossed:
+            members = len(self.scores)
+            return Promise(expected, min(1.0, 2 * (k + members - 1) / (self.n + members)), None)
         law = stats.beta(k, self.n + 1 - k)
         return Promise(expected, alpha, (float(law.ppf(0.05)), float(law.ppf(0.95))))
 

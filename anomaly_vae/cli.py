@@ -144,14 +144,14 @@ def _tell_trained(trained: "Trained", as_json: bool) -> None:
         return
     chosen = [f"epoch {one['epoch']} of {one['epochs']}" for one in trained.metrics["members"]]
     units = [str(one["active_units"]) for one in trained.metrics["members"]]
-    console.out.print(
+    console.say(
         f"trained in {trained.seconds:.0f} s; kept {', '.join(chosen)} (lowest held-out loss)"
         if trained.detector.spec.training.select == "best"
         else f"trained in {trained.seconds:.0f} s"
     )
-    console.out.print(f"active latent units: {', '.join(units)} of {trained.metrics['latents']}")
-    console.out.print(console.policy_line(trained.detector))
-    console.out.print(f"bundle {trained.path} (version {trained.detector.version})")
+    console.say(f"active latent units: {', '.join(units)} of {trained.metrics['latents']}")
+    console.say(console.policy_line(trained.detector))
+    console.say(f"bundle {trained.path} (version {trained.detector.version})")
 
 
 @app.command()
@@ -229,15 +229,16 @@ def scan(
         view.close()
     if as_json:
         _print_json({"out": str(out), "version": engine.detector.version, **vars(tally)})
-        return
+        raise typer.Exit(4 if tally.errors else 0)
     rate = tally.outliers / max(tally.images, 1)
-    console.out.print(
+    console.say(
         f"{tally.images} images: {tally.outliers} outliers ({rate:.1%}); "
         f"about {tally.expected:.1f} would be false alarms if all were normal"
     )
     if tally.errors:
-        console.out.print(f"{tally.errors} files could not be read; column 'error' of {out} says why")
-    console.out.print(f"written to {out}")
+        console.say(f"{tally.errors} files could not be read; column 'error' of {out} says why")
+    console.say(f"written to {out}")
+    raise typer.Exit(4 if tally.errors else 0)
 
 
 @app.command()
@@ -267,7 +268,7 @@ def info(bundle: BundleArgument, as_json: AsJson = False) -> None:
         _print_json(facts)
     else:
         console.out.print(facts_table(bundle, facts))
-        console.out.print(console.policy_line(detector))
+        console.say(console.policy_line(detector))
 
 
 @app.command()
@@ -286,7 +287,7 @@ def check(
         _print_json(report.to_dict())
         return
     for line in report.lines():
-        console.out.print(line, markup=False)
+        console.say(line)
 
 
 @app.command()

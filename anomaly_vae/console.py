@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -25,6 +26,11 @@ _PLAIN_SECONDS = 10.0
 def note(line: str) -> None:
     """A line for people; machines reading standard output do not see it."""
     err.print(line, markup=False)
+
+
+def say(line: str) -> None:
+    """A line of the result."""
+    out.print(line, markup=False)
 
 
 class TrainingView:
@@ -90,15 +96,16 @@ def policy_line(detector: "Detector") -> str:
     """What a verdict means, in one sentence."""
     policy, calibration = detector.policy, detector.calibration
     text = f"alpha {policy.alpha:g} ({policy.mode}) from {calibration.n} calibration images"
-    if calibration.groups is not None:
-        text += f" in {calibration.groups} groups"
+    rate = f"expect {policy.expected_false_alarm_rate:.2%} false alarms"
     if calibration.crossed:
-        text += f", {len(calibration.scores)}-fold: at most {policy.bound:g} of normal pictures are flagged on average"
+        text += f", {len(calibration.scores)}-fold"
+    if calibration.groups is not None:
+        text += f" in {calibration.groups} groups: {rate} among pictures of such groups; nothing is proven for new ones"
+    elif policy.bound is not None and calibration.crossed:
+        text += f": {rate} (nominal; proven to be at most {policy.bound:.1%} on average)"
     elif policy.band is not None:
         low, high = policy.band
-        text += f": expect {policy.expected_false_alarm_rate:.2%} false alarms (90% band {low:.2%} to {high:.2%})"
-    else:
-        text += f": expect {policy.expected_false_alarm_rate:.2%} false alarms (no band: images come in groups)"
+        text += f": {rate} (90% band {low:.2%} to {high:.2%})"
     return text
 
 
@@ -115,7 +122,7 @@ def kinds_table(evaluation: "Evaluation") -> Table:
     table = Table("kind", "pictures", "flagged", "AUROC", title="By kind", title_justify="left")
     for kind in evaluation.kinds:
         share = f"{kind.flagged} ({kind.flagged / kind.n:.0%})"
-        table.add_row(kind.kind, str(kind.n), share, "-" if kind.auroc is None else f"{kind.auroc:.3f}")
+        table.add_row(escape(kind.kind), str(kind.n), share, "-" if kind.auroc is None else f"{kind.auroc:.3f}")
     return table
 
 
@@ -140,7 +147,7 @@ def _figures(evaluation: "Evaluation") -> Iterator[tuple[str, str]]:
 def _alarms(evaluation: "Evaluation") -> str:
     text = f"{evaluation.false_alarms} of {evaluation.n_normal} ({evaluation.false_alarm_rate:.1%})"
     if evaluation.false_alarm_interval is None:
-        return f"{text}; at most {evaluation.policy.bound:.0%} promised on average"
+        return f"{text}; nominally {evaluation.policy.expected_false_alarm_rate:.1%}"
     low, high = evaluation.false_alarm_interval
     verdict = "as promised" if evaluation.alarms_as_promised else "OUTSIDE what calibration predicts"
     return f"{text}; {low} to {high} expected: {verdict}"
@@ -151,8 +158,8 @@ def verdict_table(rows: list[dict[str, Any]]) -> Table:
     table = Table("picture", "verdict", "p-value", "score")
     for row in rows:
         if row.get("error"):
-            table.add_row(row["path"], "unreadable", "", row["error"])
+            table.add_row(escape(row["path"]), "unreadable", "", escape(row["error"]))
         else:
             verdict = "[bold red]outlier[/]" if row["outlier"] else "normal"
-            table.add_row(row["path"], verdict, f"{row['p_value']:.4f}", f"{row['score']:.3f}")
+            table.add_row(escape(row["path"]), verdict, f"{row['p_value']:.4f}", f"{row['score']:.3f}")
     return table

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from anomaly_vae.bundle import Bundle
@@ -51,7 +52,7 @@ def facts_table(path: Path, facts: dict[str, Any]) -> Table:
         "made from": f"data {facts['data_fingerprint']}, torch {facts['torch']}",
         "on disk": f"{sum(facts['bytes'].values()) / 2**20:.1f} MiB",
     }
-    table = Table("", str(path), title_justify="left")
+    table = Table("", escape(str(path)), title_justify="left")
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     return table

@@ -11,20 +11,25 @@ import numpy.typing as npt
 import safetensors.numpy
 import safetensors.torch
 import torch
+from pydantic import Field
+from safetensors import SafetensorError
 from torch import Tensor
 
-from anomaly_vae.bundle import Bundle, read_bundle, write_bundle
+from anomaly_vae.bundle import MANIFEST, Bundle, read_bundle, write_bundle
 from anomaly_vae.calibration import Calibration, Mode
-from anomaly_vae.errors import BundleError
+from anomaly_vae.errors import BundleError, ConfigError
 from anomaly_vae.images import ImageSpec, decode
 from anomaly_vae.member import Member, References, normalise
 from anomaly_vae.recipe import DetectorSpec
 from anomaly_vae.scores import Observation
+from anomaly_vae.spec import Spec
 
 Floats = npt.NDArray[np.float64]
 
 HEAT_FULL = 4.0
 """Heat is in units of the normals' extreme pixels; from four of them on it is painted brightest."""
+
+_NO_PROBES = safetensors.numpy.save({})
 
 PROBE_TOLERANCE = 1e-3
 """How far a probe image's score may move on another device, as a share of the calibration scores' quartile range."""
@@ -35,14 +40,14 @@ class Policy:
     """When an image is an outlier, and what that promises.
 
     `threshold`: the score above which it is one; None with K-fold calibration, where the p-value decides.
-    `band`: 5-95% range of the false-alarm rate given this calibration, None where none can be claimed.
+    `expected_false_alarm_rate`, `bound` and `band` are those of `calibration.Promise`.
     """
 
     alpha: float
     mode: Mode
     threshold: float | None
     expected_false_alarm_rate: float
-    bound: float
+    bound: float | None
     band: tuple[float, float] | None
 
 
@@ -117,7 +122,7 @@ class Detector:
 
     def with_policy(self, alpha: float | None = None, mode: Mode | None = None) -> "Detector":
         """The same detector under another alpha or mode; raises `CalibrationError` when n does not support it."""
-        policy = policy_of(self.calibration, alpha or self.policy.alpha, mode or self.policy.mode)
+        policy = policy_of(self.calibration, self.policy.alpha if alpha is None else alpha, mode or self.policy.mode)
         return Detector(self.spec, self.members, self.calibration, policy, self.version, self.seen)
 
     def prepare(self, data: bytes) -> Tensor:
@@ -167,30 +172,40 @@ class Detector:
     def load(cls, path: Path, device: torch.device | str = "cpu") -> Self:
         """Read a bundle and score its probes on `device`; raises `BundleError` where it is not as it was saved."""
         bundle = read_bundle(path)
-        spec = DetectorSpec.parse(bundle.description.get("spec", {}), f"{path}/bundle.yaml")
-        numbers = safetensors.numpy.load(bundle.files["reference.safetensors"])
-        weights = safetensors.torch.load(bundle.files["weights.safetensors"])
-        count = int(bundle.description["members"])
-        members = [_unpack_member(spec, i, weights, numbers).on(torch.device(device)) for i in range(count)]
-        calibration = Calibration.of([numbers[f"calibration.{i}"] for i in range(count)], bundle.description["groups"])
-        policy = policy_of(calibration, bundle.description["alpha"], bundle.description["mode"])
-        detector = cls(spec, members, calibration, policy, bundle.content_hash[:12], numbers["seen"])
-        if "probes.safetensors" in bundle.files:
-            detector._check_probes(safetensors.numpy.load(bundle.files["probes.safetensors"]), path)
+        try:
+            description = Description.parse(bundle.description, str(path / MANIFEST))
+            detector = cls._unpack(bundle, description, torch.device(device))
+            probes = safetensors.numpy.load(bundle.files.get("probes.safetensors", _NO_PROBES))
+            if len(probes):
+                detector._check_probes(probes, path)
+        except (ConfigError, SafetensorError, KeyError, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise BundleError(f"{path} is damaged ({reason}); restore the bundle from a copy") from None
         return detector
 
+    @classmethod
+    def _unpack(cls, bundle: Bundle, description: "Description", device: torch.device) -> Self:
+        spec, count = description.spec, description.members
+        numbers = safetensors.numpy.load(bundle.files["reference.safetensors"])
+        weights = safetensors.torch.load(bundle.files["weights.safetensors"])
+        members = [_unpack_member(spec, i, weights, numbers).on(device) for i in range(count)]
+        calibration = Calibration.of([numbers[f"calibration.{i}"] for i in range(count)], description.groups)
+        policy = policy_of(calibration, description.alpha, description.mode)
+        return cls(spec, members, calibration, policy, bundle.content_hash[:12], numbers["seen"])
+
     def _description(self) -> dict[str, Any]:
-        return {
-            "spec": self.spec.model_dump(mode="json"),
-            "members": len(self.members),
-            "alpha": self.policy.alpha,
-            "mode": self.policy.mode,
-            "groups": self.calibration.groups,
-            "calibration_images": self.calibration.n,
-            "seen_images": len(self.seen),
-            "data_fingerprint": fingerprint_of(self.seen),
-            "torch": str(torch.__version__),
-        }
+        description = Description(
+            spec=self.spec,
+            members=len(self.members),
+            alpha=self.policy.alpha,
+            mode=self.policy.mode,
+            groups=self.calibration.groups,
+            calibration_images=self.calibration.n,
+            seen_images=len(self.seen),
+            data_fingerprint=fingerprint_of(self.seen),
+            torch=str(torch.__version__),
+        )
+        return dict(description.model_dump(mode="json"))
 
     def _files(self, probes: Tensor | None) -> dict[str, bytes]:
         weights: dict[str, Tensor] = {}
@@ -205,12 +220,15 @@ class Detector:
             "reference.safetensors": safetensors.numpy.save(numbers),
         }
         if probes is not None and len(probes):
-            scores = np.asarray(self.judge(probes).score)
+            scores = self._probe_scores(probes)
             files["probes.safetensors"] = safetensors.numpy.save({"images": probes.numpy(), "scores": scores})
         return files
 
+    def _probe_scores(self, probes: Tensor) -> Floats:
+        return np.array([score for batch in torch.split(probes, 32) for score in self.judge(batch).score])
+
     def _check_probes(self, probes: dict[str, npt.NDArray[Any]], path: Path) -> None:
-        again = np.asarray(self.judge(torch.from_numpy(probes["images"])).score)
+        again = self._probe_scores(torch.from_numpy(probes["images"]))
         low, high = np.quantile(np.concatenate(self.calibration.scores), [0.25, 0.75])
         moved = float(np.abs(again - probes["scores"]).max()) / max(float(high - low), 1e-12)
         if not moved <= PROBE_TOLERANCE:
@@ -218,6 +236,20 @@ class Detector:
                 f"{path} scores its own probe images differently on {self.device} (by {moved:.2g} quartile ranges, "
                 f"{PROBE_TOLERANCE:g} allowed); use another device or version of torch, or train again here"
             )
+
+
+class Description(Spec):
+    """What `bundle.yaml` says of a detector."""
+
+    spec: DetectorSpec
+    members: int = Field(ge=1, le=20)
+    alpha: float = Field(gt=0, lt=1)
+    mode: Mode
+    groups: int | None = Field(ge=1)
+    calibration_images: int
+    seen_images: int
+    data_fingerprint: str
+    torch: str
 
 
 def fingerprint_of(seen: npt.NDArray[np.uint64]) -> str:
@@ -243,13 +275,16 @@ def _pack_references(references: References) -> dict[str, npt.NDArray[Any]]:
 def _unpack_member(
     spec: DetectorSpec, i: int, weights: dict[str, Tensor], numbers: dict[str, npt.NDArray[Any]]
 ) -> Member:
-    assert spec.image is not None
-    model = spec.model.build((spec.image.channels, spec.image.height, spec.image.width), seed=0)
+    if spec.image is None:
+        raise ValueError("it does not say the size of its images")
+    # On the meta device a spec that claims gigabytes costs nothing until its weights turn out to be there.
+    with torch.device("meta"):
+        model = spec.model.build((spec.image.channels, spec.image.height, spec.image.width), seed=0)
     own = {name.removeprefix(f"{i}."): tensor for name, tensor in weights.items() if name.startswith(f"{i}.")}
-    try:
-        model.load_state_dict(own)
-    except RuntimeError:
-        raise BundleError("the weights do not fit the bundle's own spec; restore the bundle from a copy") from None
+    wanted = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
+    if wanted != {name: (tensor.shape, tensor.dtype) for name, tensor in own.items()}:
+        raise ValueError("the weights do not fit its own spec")
+    model.load_state_dict(own, assign=True)
     model.lay_channels_last()
     of_scores: dict[str, dict[str, Tensor]] = {}
     for name, array in numbers.items():

@@ -38,6 +38,8 @@ class Engine:
 
     def judge(self, images: Tensor, heat: bool = False) -> Judgement:
         """Judge uint8 images (B, C, H, W), however many."""
+        if not len(images):
+            raise ConfigError("there is no image to judge; give a batch of at least one")
         pieces = [self._judge_padded(piece, heat) for piece in torch.split(images, self.max_batch)]
         return pieces[0] if len(pieces) == 1 else _joined(pieces)
 
@@ -57,6 +59,13 @@ class Engine:
 
 
 def pick_device(name: str) -> torch.device:
+    """`_find_device`, with float32 meaning float32: TF32 would move scores by far more than the tolerance allows."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    return _find_device(name)
+
+
+def _find_device(name: str) -> torch.device:
     """`auto`: CUDA, else Apple's GPU, else the CPU. Raises `ConfigError` for one that is not there."""
     if name == "auto":
         if torch.cuda.is_available():

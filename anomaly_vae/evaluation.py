@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from anomaly_vae.layouts import DataSpec
 from anomaly_vae.metrics import Detection, Localisation, detection, localisation
 
 Indices = npt.NDArray[np.int64]
+Heat = npt.NDArray[np.float16]
+Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class Kind:
 class Evaluation:
     """Figures on pictures the detector has not seen. None where there is nothing to measure it on.
 
-    `false_alarms`: flagged normals, with the central 90% interval that calibration predicts for their number.
-    `detection_rate`: share of the abnormal flagged. `excluded`: pictures left out since the detector knows them.
+    `false_alarms`: flagged normals, with the central 90% interval that calibration predicts.
+    `detection_rate`: share of the abnormal flagged. `excluded`: left out, since known to the detector or a copy.
     `parts`: AUROC of each score by itself.
     """
 
@@ -104,17 +106,29 @@ def evaluate(engine: Engine, root: Path | str, data: DataSpec | None = None) -> 
     detector = engine.detector
     pictures = open_pictures(root, data or detector.spec.data, detector.image)
     known = _known(pictures, detector.seen)
+    first = np.zeros(len(pictures), bool)
+    first[np.unique(pictures.fingerprints, return_index=True)[1]] = True
+    # A copy of a test picture is no second test.
+    known |= ~first
     test = np.nonzero(~known & _in_test(pictures))[0]
     if not len(test):
         raise DataError(f"{root} holds no picture that this detector was not made from; give it held-out pictures")
     started = time.monotonic()
-    judged = list(_judge(engine, pictures, test, heat=_has_masks(pictures)))
+    maps: list[tuple[Heat, Mask]] = []
+    judged = list(_judge(engine, pictures, test, maps))
     seconds = time.monotonic() - started
-    return _summarise(engine, pictures, test, judged, int(known.sum()), seconds)
+    pixels = localisation(*zip(*maps, strict=True)) if maps else None
+    return _summarise(engine, pictures, test, judged, int(known.sum()), seconds, pixels)
 
 
 def _summarise(
-    engine: Engine, pictures: Pictures, test: Indices, judged: list[Judgement], excluded: int, seconds: float
+    engine: Engine,
+    pictures: Pictures,
+    test: Indices,
+    judged: list[Judgement],
+    excluded: int,
+    seconds: float,
+    pixels: Localisation | None,
 ) -> Evaluation:
     labels = np.array([pictures.items[i].label for i in test])
     abnormal = np.array([not pictures.items[i].normal for i in test])
@@ -138,7 +152,7 @@ def _summarise(
         quality=detection(scores[~abnormal], scores[abnormal]) if both else None,
         parts={name: _auroc(np.array(column), abnormal) for name, column in parts.items()} if both else {},
         kinds=_kinds(labels, abnormal, scores, flagged),
-        pixels=_pixels(pictures, test, judged),
+        pixels=pixels,
         images_per_second=len(test) / max(seconds, 1e-9),
     )
 
@@ -158,31 +172,20 @@ def _kinds(
     return kinds
 
 
-def _pixels(pictures: Pictures, test: Indices, judged: list[Judgement]) -> Localisation | None:
-    heats = [one.heat for one in judged if one.heat is not None]
-    if not heats:
-        return None
-    heat = np.concatenate(heats)
-    # A normal picture's mask is empty by definition; an abnormal one without a mask says nothing about its pixels.
-    pairs = []
-    for i, one in zip(test, heat, strict=True):
-        mask = np.zeros(one.shape, bool) if pictures.items[i].normal else pictures.mask(int(i))
-        if mask is not None:
-            pairs.append((one, mask))
-    return localisation(*zip(*pairs, strict=True)) if pairs else None
-
-
-def _judge(engine: Engine, pictures: Pictures, test: Indices, heat: bool) -> Iterator[Judgement]:
-    for _, images in pictures.batches(engine.max_batch, test):
-        yield engine.judge(images, heat)
+def _judge(engine: Engine, pictures: Pictures, test: Indices, maps: list[tuple[Heat, Mask]]) -> Iterator[Judgement]:
+    """Judge the test pictures; heat maps of those whose pixels are known go into `maps`, in half precision."""
+    localise = any(item.mask is not None for item in pictures.items)
+    for indices, images in pictures.batches(engine.max_batch, test):
+        judged = engine.judge(images, localise)
+        if judged.heat is not None:
+            # A normal picture's mask is empty; an abnormal one without a mask says nothing about its pixels.
+            known = [(i, pictures.mask(int(index))) for i, index in enumerate(indices)]
+            maps += [(judged.heat[i].astype(np.float16), mask) for i, mask in known if mask is not None]
+        yield replace(judged, heat=None)
 
 
 def _auroc(scores: npt.NDArray[np.float64], abnormal: npt.NDArray[np.bool_]) -> float:
     return detection(scores[~abnormal], scores[abnormal]).auroc
-
-
-def _has_masks(pictures: Pictures) -> bool:
-    return any(item.mask is not None for item in pictures.items)
 
 
 def _known(pictures: Pictures, seen: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:

@@ -85,7 +85,13 @@ class Fitting:
             raise TrainingError(
                 f"{fabric.world_size} processes share batches of {min(spec.batch_size, len(train))} pictures; use fewer"
             )
-        self.steps_an_epoch = len(train) // self.batch
+        # An epoch is a tenth of the budget at most: of a million pictures one pass would be the budget many times over,
+        # and what happens only between epochs (checkpoints, the held-out loss) would never happen.
+        self.steps_an_epoch = (
+            min(len(train) // self.batch, max(1, spec.steps // 10))
+            if spec.epochs is None
+            else (len(train) // self.batch)
+        )
         self.epochs = spec.epochs or max(1, math.ceil(spec.steps * share / self.steps_an_epoch))
         self.steps = self.epochs * self.steps_an_epoch
         self.has_dropout = any(isinstance(module, nn.modules.dropout._DropoutNd) for module in model.modules())
@@ -110,6 +116,9 @@ class Fitting:
                 saved = time.monotonic()
             if self._hopeless(state):
                 break
+        if not state.best_epoch:
+            remedy = f"-o training.learning_rate={self.spec.learning_rate / 4:g}"
+            raise TrainingError(f"the held-out loss never was a number; lower the learning rate: {remedy}")
         self.model.load_state_dict(state.best)
         self.model.eval()
         return Fitted(state.best_epoch, state.epoch, state.best_loss, self._active_units(), state.history)
@@ -136,7 +145,8 @@ class Fitting:
         order = torch.randperm(len(self.train), generator=generator_of(self.seed, "order", epoch)).numpy()
         sums = torch.zeros(3, dtype=torch.float64)
         pending: list[Loss] = []
-        batches = self.pictures.batches(self.batch, self.train[order], drop_last=True)
+        chosen = self.train[order[: self.steps_an_epoch * self.batch]]
+        batches = self.pictures.batches(self.batch, chosen, drop_last=True)
         for i, (_, images) in enumerate(batches):
             pending.append(self._step(epoch * self.steps_an_epoch + i, images))
         for loss in pending:
@@ -166,7 +176,11 @@ class Fitting:
 
     def _seeded(self, step: int) -> AbstractContextManager[None]:
         """PyTorch's dropout draws from the global generator alone; seed that for the step and give it back."""
-        return _global_seed(seed_of(self.seed, "dropout", step)) if self.has_dropout else nullcontext()
+        return (
+            _global_seed(seed_of(self.seed, f"dropout {self.fabric.global_rank}", step))
+            if self.has_dropout
+            else nullcontext()
+        )
 
     def _set_learning_rate(self, step: int) -> None:
         warm = max(1, round(self.spec.warmup * self.steps))
@@ -181,7 +195,14 @@ class Fitting:
         every = max(1, self.epochs // _HELD_OUT_ROWS)
         last = epoch + 1 == self.epochs
         due = (epoch + 1) % every == 0 or last
-        held = self._held_out() if due else state.history[-1]["held_out"] if state.history else float("nan")
+        # Buffers differ a little between processes, and all must stop at the same epoch.
+        held = (
+            self.fabric.broadcast(self._held_out())
+            if due
+            else state.history[-1]["held_out"]
+            if state.history
+            else float("nan")
+        )
         state.epoch, state.weights, state.optimizer = epoch + 1, self.model.state_dict(), self.optimizer.state_dict()
         row = zip(("epoch", "loss", "reconstruction", "kl", "held_out"), (epoch + 1, *losses, held), strict=True)
         state.history.append(dict(row))
@@ -202,8 +223,10 @@ class Fitting:
 
     def _active_units(self) -> int:
         with torch.inference_mode():
-            kl = [self.model.encode(normalise(images, self.fabric.device)).kl() for images in self._held_batches()]
-        return int((torch.cat(kl).mean(0) > ACTIVE_NATS).sum())
+            total = torch.zeros(self.model.spec.latent.size, device=self.fabric.device)
+            for images in self._held_batches():
+                total += self.model.encode(normalise(images, self.fabric.device)).kl().sum(0)
+        return int((total / len(self.held) > ACTIVE_NATS).sum())
 
     def _held_batches(self) -> Iterator[Tensor]:
         for _, images in self.pictures.batches(max(self.batch, 64), self.held):

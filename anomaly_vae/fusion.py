@@ -24,7 +24,8 @@ _NORMAL_KNOTS = special.ndtri(_LEVELS)
 class FusionSpec(Spec):
     """`parts` are the scores that enter; the fused score is the mean of their z's, where a z below 0 counts `leak`.
 
-    An error smaller than usual is no anomaly and must not excuse another part; the small leak only breaks ties.
+    An error smaller than usual is no anomaly and must not excuse another part; the small leak (down to z = -3)
+    only breaks ties.
     """
 
     parts: tuple[str, ...] = ("relative_error", "local_maximum", "mahalanobis")
@@ -33,7 +34,7 @@ class FusionSpec(Spec):
 
     def fuse(self, z: Floats) -> Floats:
         """Fused score of z's with shape (images, parts)."""
-        return np.asarray(np.where(z > 0, z, self.leak * z).mean(1), np.float64)
+        return np.asarray(np.where(z > 0, z, self.leak * np.maximum(z, -3.0)).mean(1), np.float64)
 
 
 def fit_scale(scores: npt.ArrayLike) -> Floats:

@@ -20,8 +20,8 @@ Batches = Callable[[], Iterator[Tensor]]
 
 _HEAT_QUANTILE = 0.995
 """Share of the normals' pixels whose heat is at most 1."""
-_HEAT_STRIDE = 7
-"""Every seventh pixel tells the quantile as well and keeps large sets in memory."""
+_HEAT_PIXELS = 500
+"""So many pixels of each image tell the quantile as well as all of them, and fit in memory however many images."""
 
 _FOLDS = 5
 
@@ -132,7 +132,9 @@ def _crosswise(
         by_fold = np.stack([_columns(spec, seen, references) for references in crossed or [{}]])
         position = np.arange(before, before + len(batch))
         rows.append(by_fold[position % len(by_fold), np.arange(len(batch))])
-        heats.append(seen.heat(spec.heat_blur).flatten()[::_HEAT_STRIDE].cpu().numpy())
+        heat = seen.heat(spec.heat_blur).flatten(1)
+        # A stride that shares no factor with the width wanders over rows and columns alike.
+        heats.append(heat[:, :: max(1, heat.shape[1] // _HEAT_PIXELS) | 1].flatten().cpu().numpy())
         before += len(batch)
     return np.concatenate(rows), np.concatenate(heats)
 

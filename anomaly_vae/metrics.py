@@ -54,7 +54,7 @@ def tpr_at_fpr(normal: Floats, abnormal: Floats, fpr: float) -> float:
     return float((abnormal > threshold).mean())
 
 
-def localisation(heat: Sequence[npt.NDArray[np.float32]], masks: Sequence[Bools]) -> Localisation | None:
+def localisation(heat: Sequence[npt.NDArray[np.floating]], masks: Sequence[Bools]) -> Localisation | None:
     """Quality of heat maps (H, W) against masks (H, W); None unless some pixels are abnormal and some are not."""
     scores = np.concatenate([one.ravel() for one in heat])
     labels = np.concatenate([mask.ravel() for mask in masks])
@@ -68,7 +68,7 @@ def localisation(heat: Sequence[npt.NDArray[np.float32]], masks: Sequence[Bools]
 
 
 def per_region_overlap(
-    heat: Sequence[npt.NDArray[np.float32]], masks: Sequence[Bools], max_fpr: float = 0.3, steps: int = 300
+    heat: Sequence[npt.NDArray[np.floating]], masks: Sequence[Bools], max_fpr: float = 0.3, steps: int = 300
 ) -> float:
     """Mean share of each defect region that is found, averaged over the thresholds with FPR up to `max_fpr`."""
     negatives = np.sort(np.concatenate([one[~mask] for one, mask in zip(heat, masks, strict=True)]))[::-1]

@@ -35,10 +35,10 @@ class ConvSpec(Spec):
     """
 
     kind: Literal["conv"] = "conv"
-    channels: tuple[int, ...] | None = None
-    width: int = Field(16, ge=1)
-    max_width: int = Field(256, ge=1)
-    features: int | None = Field(None, ge=1)
+    channels: tuple[Annotated[int, Field(ge=1, le=4096)], ...] | None = None
+    width: int = Field(16, ge=1, le=4096)
+    max_width: int = Field(256, ge=1, le=4096)
+    features: int | None = Field(None, ge=1, le=65536)
     residual: int = Field(0, ge=0, le=8)
     norm: Norm = "batch"
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -46,7 +46,7 @@ class ConvSpec(Spec):
 
     @model_validator(mode="after")
     def _positive(self) -> Self:
-        if self.channels is not None and (not self.channels or min(self.channels) < 1):
+        if self.channels is not None and not self.channels:
             raise ValueError("channels must list at least one positive number, one for each halving")
         return self
 
@@ -73,7 +73,7 @@ class MlpSpec(Spec):
     """Fully connected layers of the sizes in `hidden`, mirrored in the decoder."""
 
     kind: Literal["mlp"] = "mlp"
-    hidden: tuple[int, ...] = (512, 128)
+    hidden: tuple[Annotated[int, Field(ge=1, le=65536)], ...] = (512, 128)
     dropout: float = Field(0.0, ge=0, lt=1)
     activation: Activation = "relu"
 

@@ -1,6 +1,7 @@
 """The verb `scan`: every picture under a folder becomes one row of a table, a bad file a row with its error."""
 
 import csv
+import errno
 import json
 import os
 from collections import deque
@@ -66,14 +67,29 @@ def scan(engine: Engine, folder: Path, out: Path, report: Callable[[Tally], None
 
 
 def list_pictures(folder: Path) -> Iterator[Path]:
-    """Files with an image's ending under `folder`, sorted; hidden ones and links to folders are not followed."""
-    with os.scandir(folder) as found:
-        entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    """Files with an image's ending under `folder`, sorted; hidden ones and links to folders are not followed.
+
+    A folder that cannot be listed is yielded itself: whoever reads it gets the reason.
+    """
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    except OSError:
+        yield folder
+        return
     for entry in entries:
         if entry.is_dir(follow_symlinks=False):
             yield from list_pictures(Path(entry.path))
         elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
             yield Path(entry.path)
+
+
+def read_picture(path: Path, max_bytes: int) -> bytes:
+    """A plain file's bytes, no more of a huge one than it takes to refuse it; raises `OSError`."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a plain file" if not path.is_dir() else "the folder cannot be listed")
+    with path.open("rb") as file:
+        return file.read(max_bytes + 1)
 
 
 def printable(path: Path) -> str:
@@ -102,7 +118,7 @@ def _rows(engine: Engine, folder: Path) -> Iterator[list[Row]]:
 
 def _prepared(engine: Engine, path: Path) -> Tensor | str:
     try:
-        return engine.prepare(path.read_bytes())
+        return engine.prepare(read_picture(path, engine.detector.image.max_bytes))
     except BadImage as error:
         return str(error)
     except OSError as error:

@@ -176,8 +176,8 @@ class AbsoluteError(Score):
 class RelativeError(Score):
     """||x - x^||^2 / (||x - mean of x||^2 + c): an error counts less in a busy picture. Cost: 1 pass.
 
-    The energy is taken about the picture's own mean, so that neither brightness nor inversion changes the score; c is
-    one grey level's energy, which keeps a blank picture finite.
+    The energy is taken about the picture's own mean, so that brightness does not count as content; c is one grey
+    level's energy, which keeps a blank picture finite.
     """
 
     kind: Literal["relative_error"] = "relative_error"

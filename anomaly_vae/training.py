@@ -1,5 +1,7 @@
 """The verb `train`: a folder of pictures becomes a calibrated detector in a bundle."""
 
+import hashlib
+import math
 import platform
 import shutil
 import time
@@ -11,25 +13,26 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import yaml
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from anomaly_vae.bundle import write_durably
+from anomaly_vae import __version__
+from anomaly_vae.bundle import check_place, write_durably
 from anomaly_vae.calibration import Calibration
 from anomaly_vae.data import Pictures, folds, open_pictures, split, suggest_image_spec, survey
-from anomaly_vae.detector import Detector, fingerprint_of, policy_of
-from anomaly_vae.errors import BundleError, TrainingError
+from anomaly_vae.detector import Detector, policy_of
+from anomaly_vae.errors import TrainingError
 from anomaly_vae.fabric import make_fabric
 from anomaly_vae.fitting import Fitted, Fitting, Progress, generator_of, seed_of
 from anomaly_vae.member import Batches, Member, member_scores
 from anomaly_vae.model import AutoEncoder
 from anomaly_vae.recipe import DetectorSpec
-from anomaly_vae.spec import read_yaml
+from anomaly_vae.spec import dump_yaml, read_yaml
 
 Indices = npt.NDArray[np.int64]
 
 _SCORING_BATCH = 64
+_RUN = "run.yaml"
 _LEAST_FIT = 10
 
 
@@ -75,8 +78,7 @@ def train(
     lines for people, `report(member, members, progress)` each epoch.
     """
     started = time.monotonic()
-    if out.exists() and not overwrite:
-        raise BundleError(f"{out} exists already; choose another --out, or pass --overwrite to replace it")
+    check_place(out, overwrite)
     spec, pictures = load_pictures(spec, root, say)
     parts, crossed = divide(spec, pictures)
     say(_describe(parts, crossed, pictures))
@@ -85,7 +87,7 @@ def train(
     policy_of(_blank_calibration(parts, groups), spec.calibration.alpha, spec.calibration.mode)
     fabric = make_fabric(device, spec.training.precision, tensorboard)
     work = out.absolute().with_name(f".{out.name}.training")
-    _open_work(work, spec, pictures, restart, fabric, say)
+    _open_work(work, _identity(spec, pictures, parts, fabric), restart, fabric, say)
     members, fitted = [], []
     for i, part in enumerate(parts):
         member, one = _make_member(spec, pictures, part, fabric, i, len(parts), work, report)
@@ -97,7 +99,7 @@ def train(
     metrics = _metrics(spec, parts, fitted, started)
     notes = [*pictures.notes, *_collapse_notes(fitted)]
     saved = detector.save(out, _probes(spec, pictures, parts), metrics, replace=overwrite)
-    shutil.rmtree(work, ignore_errors=True)
+    _close_work(work)
     return Trained(saved, out, metrics["seconds"], metrics, notes)
 
 
@@ -141,7 +143,7 @@ def divide(spec: DetectorSpec, pictures: Pictures) -> tuple[list[Part], bool]:
     )
     usable = whole.pool
     if len(usable) >= spec.calibration.few_normals:
-        return [Part(whole.train, whole.fit, whole.calibrate)], False
+        return [Part(whole.train, whole.fit, _distinct(pictures, whole.calibrate))], False
     return _folded(spec, pictures, usable), True
 
 
@@ -152,8 +154,13 @@ def _folded(spec: DetectorSpec, pictures: Pictures, usable: Indices) -> list[Par
     for k, held in enumerate(folds(usable, unit[usable], count, spec.seed)):
         rest = np.setdiff1d(usable, held)
         fit = _fit_share(spec, rest, unit[rest], seed_of(spec.seed, "fit", k) % 2**32)
-        parts.append(Part(np.setdiff1d(rest, fit), fit, held))
+        parts.append(Part(np.setdiff1d(rest, fit), fit, _distinct(pictures, held)))
     return parts
+
+
+def _distinct(pictures: Pictures, calibrate: Indices) -> Indices:
+    """One of each content: copies of a picture tell nothing new and would count as evidence."""
+    return np.sort(calibrate[np.unique(pictures.fingerprints[calibrate], return_index=True)[1]])
 
 
 def _fit_share(spec: DetectorSpec, rest: Indices, unit: Indices, seed: int) -> Indices:
@@ -215,23 +222,49 @@ def _batches(pictures: Pictures, indices: Indices) -> Batches:
     return batches
 
 
-def _open_work(work: Path, spec: DetectorSpec, pictures: Pictures, restart: bool, fabric: Fabric, say: Say) -> None:
+def _open_work(work: Path, run: dict[str, Any], restart: bool, fabric: Fabric, say: Say) -> None:
     """The folder of checkpoints beside the bundle; an old one must be of the very same run."""
-    run = {"spec": spec.model_dump(mode="json"), "data": fingerprint_of(np.unique(pictures.fingerprints))}
     if fabric.is_global_zero:
-        if restart:
+        if restart or not (work / _RUN).exists():
+            # Without its description a checkpoint may be of any run.
             shutil.rmtree(work, ignore_errors=True)
-        if (work / "run.yaml").exists():
-            if read_yaml(work / "run.yaml") != run:
+        if (work / _RUN).exists():
+            if read_yaml(work / _RUN) != run:
                 raise TrainingError(
                     f"an interrupted training with other settings or pictures lies in {work}; "
                     "give its settings to go on with it, or pass --restart to begin anew"
                 )
             say(f"going on with the interrupted training in {work}")
         else:
-            work.mkdir(parents=True, exist_ok=True)
-            write_durably(work / "run.yaml", yaml.safe_dump(run, sort_keys=False).encode())
+            try:
+                work.mkdir(parents=True)
+                write_durably(work / _RUN, dump_yaml(run).encode())
+            except OSError as error:
+                raise TrainingError(f"cannot write {work}: {error.strerror}; choose another --out") from None
     fabric.barrier()
+
+
+def _identity(spec: DetectorSpec, pictures: Pictures, parts: list[Part], fabric: Fabric) -> dict[str, Any]:
+    """All that the weights depend on: another order, label or group of the pictures divides them otherwise."""
+
+    def of(indices: Indices) -> str:
+        return hashlib.sha256(pictures.fingerprints[indices].tobytes()).hexdigest()[:16]
+
+    return {
+        "spec": spec.model_dump(mode="json"),
+        "parts": [[of(part.train), of(part.fit), of(part.calibrate)] for part in parts],
+        "processes": fabric.world_size,
+        "device": fabric.device.type,
+        "torch": str(torch.__version__),
+        "version": __version__,
+    }
+
+
+def _close_work(work: Path) -> None:
+    """Remove the checkpoints, their description last: what a crash leaves behind must still say what it is of."""
+    for path in work.glob("member*.safetensors"):
+        path.unlink(missing_ok=True)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def _group_count(pictures: Pictures, parts: list[Part]) -> int | None:
@@ -267,7 +300,7 @@ def _metrics(spec: DetectorSpec, parts: list[Part], fitted: list[Fitted], starte
                 "epochs": one.epochs,
                 "held_out_loss": one.held_out,
                 "active_units": one.active_units,
-                "history": one.history,
+                "history": [{k: v if math.isfinite(v) else None for k, v in row.items()} for row in one.history],
             }
             for one in fitted
         ],

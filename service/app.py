@@ -203,7 +203,7 @@ def _load(place: Place, lifeline: Connection, held: Connection, report: Connecti
 def _start(place: Place, lifeline: Connection) -> "Flask":
     # OpenMP's threads spin while they wait for each other. Here they always share the cores with request threads, and
     # then spinning costs up to four times the work itself. It is read when torch is first imported (GNU's, LLVM's).
-    os.environ.update(GOMP_SPINCOUNT="0", KMP_BLOCKTIME="0")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
     import prometheus_client
 
     from anomaly_vae import Detector

@@ -58,6 +58,16 @@ def test_score_with_heat_maps_and_a_bad_picture(tiny_bundle, digits_folder, tmp_
         with Image.open(row["heatmap"]) as picture:
             assert min(picture.size) >= 256
             assert np.asarray(picture).std() > 5
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / good[0].name).write_bytes(good[1].read_bytes())
+    done = run(
+        "score", tiny_bundle, good[0], tmp_path / "again" / good[0].name, "--heatmap", tmp_path / "two", "--json"
+    )
+    maps = {row["heatmap"] for row in json.loads(done.stdout)["results"]}
+    assert len(maps) == len(list((tmp_path / "two").iterdir())) == 2
+    (tmp_path / "[final]").mkdir()
+    (tmp_path / "[final]" / "[b]x.png").write_bytes(good[0].read_bytes())
+    assert "[final]/[b]x.png" in run("score", tiny_bundle, tmp_path / "[final]" / "[b]x.png").stdout.replace("\n", "")
     table = run("score", tiny_bundle, good[0], "--alpha", "0.5").stdout
     assert good[0].name in table
 
@@ -66,6 +76,12 @@ def test_scan_writes_the_table(tiny_bundle, digits_folder, tmp_path):
     done = run("scan", tiny_bundle, digits_folder / "7", "--out", tmp_path / "out.csv")
     assert "179 images" in done.stdout
     assert len((tmp_path / "out.csv").read_text().splitlines()) == 180
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "empty.png").write_bytes(b"")
+    assert (
+        "1 files could not be read"
+        in run("scan", tiny_bundle, tmp_path / "mixed", "--out", tmp_path / "m.csv", code=4).stdout
+    )
     tally = json.loads(run("scan", tiny_bundle, digits_folder / "7", "--out", tmp_path / "out.csv", "--json").stdout)
     assert tally["images"] == 179
 

@@ -6,7 +6,7 @@ import torch
 import yaml
 
 from anomaly_vae import BundleError, CalibrationError, Detector, Engine
-from anomaly_vae.bundle import read_bundle
+from anomaly_vae.bundle import Bundle, read_bundle, write_bundle
 from anomaly_vae.data import open_pictures
 from anomaly_vae.evaluation import evaluate
 
@@ -87,6 +87,8 @@ def test_another_alpha_is_another_threshold_and_an_impossible_one_is_refused(tin
     assert strict.policy.threshold > lax.policy.threshold
     with pytest.raises(CalibrationError, match="needs 9999 calibration images"):
         tiny_detector.with_policy(0.0001)
+    with pytest.raises(CalibrationError, match="between 0 and 1"):
+        tiny_detector.with_policy(0.0)
 
 
 def test_heat_of_normals_is_mostly_below_one_and_a_defect_shows_where_it_is(tiny_detector, digits_folder, tiny_spec):
@@ -130,6 +132,47 @@ def test_an_edited_description_is_noticed(copy):
         Detector.load(copy)
 
 
+@pytest.mark.parametrize("text", ["08", "1e3", "37e1755990159479", "1_000", "0x1f", "true", "2020-01-01", "ab: [c"])
+def test_a_description_is_read_back_as_it_was_written(tmp_path, text):
+    """YAML's readers disagree on which words are numbers; a bundle must not depend on it."""
+    write_bundle(tmp_path / "b", Bundle({"word": text, "list": [text]}, {"data.safetensors": b"x"}, {}))
+    assert read_bundle(tmp_path / "b").description == {"word": text, "list": [text]}
+
+
+@pytest.mark.parametrize("change", [
+    {"members": 0}, {"members": 2}, {"members": "x"}, {"alpha": "x"}, {"alpha": 2}, {"mode": "x"}, {"groups": -5},
+    {"spec": {"image": None}}, {"spec": {"image": {"height": 512, "width": 512, "channels": 3}}},
+    {"spec": {"model": {"latent": {"size": 4096}}}}, {"spec": 3}, {"torch": None}, {"surprise": 1},
+], ids=str)  # fmt: skip
+def test_a_bundle_that_contradicts_itself_is_refused_in_one_line(tiny_bundle, tmp_path, change):
+    """Hashes tell damage from health, not sense from nonsense: these are rewritten consistently."""
+    bundle = read_bundle(tiny_bundle)
+    description = bundle.description | change
+    if isinstance(change.get("spec"), dict):
+        description["spec"] = bundle.description["spec"] | change["spec"]
+    write_bundle(tmp_path / "odd", Bundle(description, bundle.files, {}))
+    with pytest.raises(BundleError) as caught:
+        Detector.load(tmp_path / "odd")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("manifest", [
+    b"\0", b"format: -3\n", b"format: 1\nfiles: 3\ndescription: {}\n", b"format: 1\nfiles: {1: 2}\ndescription: {}\n",
+    b"[" * 5000, b"a: &a [x]\nb: *a\n", b"x: " + b"y" * 2**21,
+], ids=lambda manifest: repr(manifest[:12]))  # fmt: skip
+def test_a_damaged_manifest_is_a_bundle_error(copy, manifest):
+    (copy / "bundle.yaml").write_bytes(manifest)
+    with pytest.raises(BundleError, match="damaged"):
+        Detector.load(copy)
+
+
+def test_a_link_in_a_bundle_is_not_followed(copy, tmp_path):
+    (copy / "weights.safetensors").rename(tmp_path / "elsewhere")
+    (copy / "weights.safetensors").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BundleError, match="no plain file"):
+        Detector.load(copy)
+
+
 def test_a_newer_format_is_refused_by_name(copy):
     manifest = yaml.safe_load((copy / "bundle.yaml").read_text())
     (copy / "bundle.yaml").write_text(yaml.safe_dump(manifest | {"format": 99}))
@@ -155,8 +198,6 @@ def test_a_missing_file_is_named(copy, name):
 def test_probes_that_score_differently_are_refused(tiny_bundle, tmp_path):
     """A device (or torch) that computes something else must not pass; here the probes' stored scores are others."""
     import safetensors.numpy
-
-    from anomaly_vae.bundle import Bundle, write_bundle
 
     bundle = read_bundle(tiny_bundle)
     probes = safetensors.numpy.load(bundle.files["probes.safetensors"])

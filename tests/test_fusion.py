@@ -34,6 +34,11 @@ def test_scores_all_equal_among_normals_do_not_break_it():
     assert z[0] < z[1] < z[3]
 
 
+def test_parts_far_better_than_usual_do_not_hide_one_that_is_bad():
+    fusion = FusionSpec(parts=("a", "b", "c"))
+    assert fusion.fuse(np.array([[-3000.0, -60.0, 4.0]]))[0] > fusion.fuse(np.array([[0.5, 0.5, 0.5]]))[0]
+
+
 def test_an_excellent_part_does_not_excuse_a_bad_one():
     fusion = FusionSpec(parts=("a", "b"), leak=0.05)
     bad, excused = fusion.fuse(np.array([[6.0, 0.0], [6.0, -5.0]]))
