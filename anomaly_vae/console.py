@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from anomaly_vae.fitting import Progress as FittingProgress
     from anomaly_vae.scanning import Tally
 
-out = Console(highlight=False, soft_wrap=True)
+# A pipe has no width; tables that wrap at 80 columns there could not be searched.
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 240)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 _PLAIN_SECONDS = 10.0

@@ -11,7 +11,7 @@ from anomaly_vae.scanning import printable, read_picture
 
 
 def score_files(engine: Engine, paths: list[Path], heatmaps: Path | None = None) -> list[dict[str, Any]]:
-    """One row a file: verdict, or `error` in one line. Heat maps: `heatmaps`/NAME.heatmap.png; like names are numbered."""
+    """One row a file: verdict, or `error` in one line. Heat maps go to `heatmaps`/NAME.heatmap.png."""
     if heatmaps is not None:
         try:
             heatmaps.mkdir(parents=True, exist_ok=True)
