@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.update(GOMP_SPINCOUNT="0", KMP_BLOCKTIME="0")  # as the service does, before torch is imported
+os.environ["GOMP_SPINCOUNT"] = "2000"  # as the service does, before torch is imported
 
 import numpy as np
 import torch

@@ -284,7 +284,7 @@ class Batcher:
         with self._changed:
             while True:
                 waiting = len(self._interactive) + len(self._bulk)
-                if self._lost or (self._draining and not self._places_taken):
+                if self._lost or self._draining:
                     return []
                 hold = self._hold(waiting) if waiting else None
                 if hold is not None and hold <= 0:

@@ -63,7 +63,7 @@ def write_pictures(folder: Path) -> int:
     digits = load_digits()
     for i, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         kind = "good" if label in NORMAL else str(label)
-        place = folder / ("train" if kind == "good" and i % 4 else "test") / kind
+        place = folder / ("train" if kind == "good" and i % 4 != 1 else "test") / kind
         place.mkdir(parents=True, exist_ok=True)
         image = Image.fromarray(np.minimum(pixels * 16, 255).astype(np.uint8))
         image.resize((32, 32), Image.Resampling.BICUBIC).save(place / f"{i:04}.png")
