@@ -284,7 +284,7 @@ class Batcher:
         with self._changed:
             while True:
                 waiting = len(self._interactive) + len(self._bulk)
-                if self._lost or self._draining:
+                if self._lost or (self._draining and not self._places_taken):
                     return []
                 hold = self._hold(waiting) if waiting else None
                 if hold is not None and hold <= 0:
@@ -298,7 +298,7 @@ class Batcher:
         if not self._extra_delay or waiting >= self._max_batch or self._draining:
             return 0.0
         oldest = min(lane[0].entered for lane in (self._interactive, self._bulk) if lane)
-        return oldest + self._extra_delay - self.clock()
+        return self._extra_delay
 
     def _take(self) -> list[Ticket]:
         """Dequeue up to a batch, dropping the expired; whoever came first goes first, bulk counting as later."""
