@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from anomaly_vae.detector import Judgement as Judgement
     from anomaly_vae.detector import Policy as Policy
     from anomaly_vae.engine import Engine as Engine
+    from anomaly_vae.engine import pick_device as pick_device
     from anomaly_vae.errors import AnomalyVaeError as AnomalyVaeError
     from anomaly_vae.errors import BadImage as BadImage
     from anomaly_vae.errors import BundleError as BundleError
@@ -47,6 +48,7 @@ _HOME = {
     "heatmap_png": "rendering",
     "override": "spec",
     "parse_yaml": "spec",
+    "pick_device": "engine",
     "read_yaml": "spec",
 }
 

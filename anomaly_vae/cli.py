@@ -47,8 +47,8 @@ Alpha = Annotated[float | None, typer.Option(help="Another false-alarm rate than
 def main() -> None:
     """Entry point: every error of the user's is one line, never a traceback."""
     # OpenMP's threads spin while they wait for each other; on a machine that does anything else besides, that costs
-    # up to fifty times the work itself. It is read when torch is first imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # up to fifty times the work itself. So they spin briefly only; it is read when torch is first imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
         app()
     except AnomalyVaeError as error:

@@ -13,9 +13,9 @@ from anomaly_vae.errors import ConfigError
 class Engine:
     """Judges batches on one device. `judge` belongs to one thread at a time; `prepare` to any number.
 
-    Batches are padded to 1, 2, 4 ... `max_batch` images, so that a device meets only shapes it was warmed with; larger
-    ones are cut. A picture's score does not depend on the batch it came in (float32: within 1e-5 of the calibration
-    scores' quartile range).
+    On a GPU batches are padded to 1, 2, 4 ... `max_batch` images, so that it meets only shapes it was warmed with; a
+    CPU takes any. Larger ones are cut. A picture's score does not depend on the batch it came in (float32: within 1e-5
+    of the calibration scores' quartile range).
     """
 
     def __init__(self, detector: Detector, device: str = "auto", max_batch: int = 32) -> None:
@@ -46,6 +46,8 @@ class Engine:
     def _judge_padded(self, images: Tensor, heat: bool) -> Judgement:
         count = len(images)
         size = next(bucket for bucket in self._buckets() if bucket >= count)
+        if self.device.type == "cpu":
+            size = count
         if size > count:
             images = torch.cat([images, images[-1:].expand(size - count, *images.shape[1:])])
         return _first(self.detector.judge(images, heat), count)

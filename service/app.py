@@ -203,10 +203,10 @@ def _load(place: Place, lifeline: Connection, held: Connection, report: Connecti
 def _start(place: Place, lifeline: Connection) -> "Flask":
     # How long OpenMP's threads spin before they sleep; it is read when torch is first imported. On two cores a picture
     # then takes 4 ms, or 6 beside other programs; without spinning 8 and 4, with ten times more 4 and 30.
-    os.environ["GOMP_SPINCOUNT"] = "2000"
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     import prometheus_client
 
-    from anomaly_vae import Detector
+    from anomaly_vae import Detector, pick_device
     from service.health import Readiness, serve_health
 
     prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the series and tell what process_start_time tells
@@ -216,7 +216,7 @@ def _start(place: Place, lifeline: Connection) -> "Flask":
     serve_health(settings.host, place.health_port, readiness, registry)
     app = create_app(
         settings,
-        lambda: Detector.load(place.bundle),
+        lambda: Detector.load(place.bundle, pick_device(settings.device)),
         name=place.bundle.resolve().name,
         readiness=readiness,
         registry=registry,

@@ -298,7 +298,7 @@ class Batcher:
         if not self._extra_delay or waiting >= self._max_batch or self._draining:
             return 0.0
         oldest = min(lane[0].entered for lane in (self._interactive, self._bulk) if lane)
-        return self._extra_delay
+        return oldest + self._extra_delay - self.clock()
 
     def _take(self) -> list[Ticket]:
         """Dequeue up to a batch, dropping the expired; whoever came first goes first, bulk counting as later."""

@@ -30,7 +30,15 @@ LIBRARY = [
     {"cli"},
     {"__main__"},
 ]
+SERVICE = [
+    {"errors", "settings"},
+    {"batching", "metrics", "uploads"},
+    {"scoring", "health"},
+    {"api"},
+    {"app", "demo"},
+]
 RANKS = {name: rank for rank, names in enumerate(LIBRARY) for name in names}
+SERVICE_RANKS = {name: rank for rank, names in enumerate(SERVICE) for name in names}
 
 
 def imports(path: Path) -> set[str]:
@@ -61,6 +69,10 @@ def test_the_service_uses_the_front_door(path):
     import anomaly_vae
 
     for module in imports(path):
+        if module.startswith("service."):
+            assert SERVICE_RANKS[module.split(".")[1]] < SERVICE_RANKS[path.stem], (
+                f"{path.name} imports {module} upwards"
+            )
         if module.startswith("anomaly_vae."):
             assert module.split(".", 1)[1] in anomaly_vae.__all__, f"{path.name} reaches into {module}"
 
