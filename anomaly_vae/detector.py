@@ -234,7 +234,7 @@ class Detector:
         if not moved <= PROBE_TOLERANCE:
             raise BundleError(
                 f"{path} scores its own probe images differently on {self.device} (by {moved:.2g} quartile ranges, "
-                f"{PROBE_TOLERANCE:g} allowed); use another device or version of torch, or train again here"
+                f"{PROBE_TOLERANCE:g} allowed); use the device and versions it was made with, or train again here"
             )
 
 
