@@ -10,13 +10,14 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from anomaly_vae.calibration import Mode, normals_needed, smallest_alpha
-from anomaly_vae.data import Pictures, open_listing, split
+from anomaly_vae.calibration import Calibration, Mode, normals_needed
+from anomaly_vae.data import Pictures, open_listing
+from anomaly_vae.dividing import blank_calibration, divide, group_count
 from anomaly_vae.errors import CalibrationError, DataError
 from anomaly_vae.images import ImageInfo, ImageSpec
 from anomaly_vae.layouts import DataSpec, Item, shown
 from anomaly_vae.listing import list_pictures
-from anomaly_vae.recipe import CalibrationSpec, SplitSpec
+from anomaly_vae.recipe import DetectorSpec
 from anomaly_vae.similarity import UNUSUAL, near_pairs, unusual
 from anomaly_vae.surveying import headers, spread
 
@@ -68,8 +69,8 @@ class Suspect:
 class Outlook:
     """What training on these pictures could promise: calibration images and the smallest alpha of both modes.
 
-    `folds`: number of models where normals are few (then the false-alarm rate is bounded by twice alpha). None for an
-    alpha that cannot be had; `problem` says why nothing can.
+    `folds`: number of models where normals are few. `bound`: what the rate at alpha `average` is proven not to exceed.
+    None for an alpha that cannot be had; `problem` says why nothing can.
     """
 
     normals: int
@@ -77,6 +78,7 @@ class Outlook:
     calibration: int
     folds: int | None
     average: float | None
+    bound: float | None
     guaranteed: float | None
     problem: str | None = None
 
@@ -220,31 +222,33 @@ def _suspects(pictures: Pictures) -> Iterator[Suspect]:
 
 
 def _outlook(pictures: Pictures, data: DataSpec) -> Outlook:
-    """The split that `train` would make with its default fractions, and what its calibration images support."""
-    shares, few = SplitSpec(), CalibrationSpec()
+    """The division that `train` would make with its default fractions, and what its calibration images support."""
     normals = sum(item.normal for item in pictures.items)
     try:
-        parts = split(
-            pictures,
-            seed=0,
-            test_fraction=data.test_fraction,
-            fit_fraction=shares.fit,
-            calibrate_fraction=shares.calibrate,
-        )
+        parts, crossed = divide(DetectorSpec(data=data), pictures)
     except DataError as error:
-        return Outlook(normals, 0, 0, None, None, None, str(error))
-    crossed = len(parts.pool) < few.few_normals
-    n = len(parts.pool) if crossed else len(parts.calibrate)
-    guaranteed = None if crossed or pictures.groups is not None else _smallest(n, "guaranteed")
-    folds = few.folds if crossed else None
-    return Outlook(normals, len(parts.test_normal), n, folds, _smallest(n, "average"), guaranteed)
+        return Outlook(normals, 0, 0, None, None, None, None, str(error))
+    calibration = blank_calibration(parts, group_count(pictures, parts))
+    made_from = np.unique(np.concatenate([np.concatenate([part.train, part.fit, part.calibrate]) for part in parts]))
+    average = _smallest(calibration, "average")
+    return Outlook(
+        normals,
+        normals - len(made_from),
+        calibration.n,
+        len(parts) if crossed else None,
+        average,
+        None if average is None else calibration.promise(average).bound,
+        _smallest(calibration, "guaranteed"),
+    )
 
 
-def _smallest(n: int, mode: Mode) -> float | None:
+def _smallest(calibration: Calibration, mode: Mode) -> float | None:
     try:
-        return smallest_alpha(n, mode)
+        alpha = calibration.smallest_alpha(mode)
+        calibration.rank(alpha, mode)
     except CalibrationError:
         return None
+    return alpha
 
 
 def _lines(report: CheckReport) -> Iterator[str]:
@@ -299,8 +303,8 @@ def _outlook_lines(outlook: Outlook, grouped: bool) -> Iterator[str]:
     if outlook.average is None:
         yield f"  too few to keep any false-alarm rate up to 10%; it takes {normals_needed(0.1)}"
     else:
-        worst = f", proven to stay below {2 * outlook.average:g}" if outlook.folds else ""
-        yield f"  smallest false-alarm rate alpha, mode average: {outlook.average:g}{worst}"
+        proven = f" (proven: at most {outlook.bound:.2g})" if outlook.folds and outlook.bound is not None else ""
+        yield f"  smallest false-alarm rate alpha, mode average: {outlook.average:g}{proven}"
     if outlook.guaranteed is not None:
         yield f"  smallest false-alarm rate alpha, mode guaranteed: {outlook.guaranteed:g}"
     elif outlook.folds or grouped:

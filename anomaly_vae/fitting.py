@@ -4,7 +4,6 @@ All randomness of epoch e and step s is drawn from generators seeded by (seed, e
 was killed goes on from its last checkpoint and ends with the weights it would have had.
 """
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from anomaly_vae.errors import TrainingError
 from anomaly_vae.member import normalise
 from anomaly_vae.model import AutoEncoder, Loss
 from anomaly_vae.recipe import TrainingSpec
+from anomaly_vae.seeds import generator_of, seed_of
 
 Indices = npt.NDArray[np.int64]
 
@@ -239,14 +239,3 @@ def _global_seed(seed: int) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
-
-
-def seed_of(seed: int, purpose: str, index: int) -> int:
-    """A 63-bit seed for one purpose and index, unrelated to those of any other."""
-    digest = hashlib.blake2b(f"{seed}/{purpose}/{index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def generator_of(seed: int, purpose: str, index: int) -> torch.Generator:
-    """A generator seeded by `seed_of`."""
-    return torch.Generator().manual_seed(seed_of(seed, purpose, index))

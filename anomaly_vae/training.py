@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
@@ -19,30 +18,20 @@ from torch import Tensor
 from anomaly_vae import __version__
 from anomaly_vae.bundle import check_place, write_durably
 from anomaly_vae.calibration import Calibration
-from anomaly_vae.data import Pictures, folds, open_pictures, split, suggest_image_spec, survey
+from anomaly_vae.data import Pictures, open_pictures, suggest_image_spec, survey
 from anomaly_vae.detector import Detector, policy_of
+from anomaly_vae.dividing import Indices, Part, blank_calibration, divide, group_count
 from anomaly_vae.errors import TrainingError
 from anomaly_vae.fabric import make_fabric
-from anomaly_vae.fitting import Fitted, Fitting, Progress, generator_of, seed_of
+from anomaly_vae.fitting import Fitted, Fitting, Progress
 from anomaly_vae.member import Batches, Member, member_scores
 from anomaly_vae.model import AutoEncoder
 from anomaly_vae.recipe import DetectorSpec
+from anomaly_vae.seeds import generator_of, seed_of
 from anomaly_vae.spec import dump_yaml, read_yaml
-
-Indices = npt.NDArray[np.int64]
 
 _SCORING_BATCH = 64
 _RUN = "run.yaml"
-_LEAST_FIT = 10
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one member is made from: indices of the pictures it trains on, fits references on, and calibrates."""
-
-    train: Indices
-    fit: Indices
-    calibrate: Indices
 
 
 @dataclass(frozen=True)
@@ -83,8 +72,8 @@ def train(
     parts, crossed = divide(spec, pictures)
     say(_describe(parts, crossed, pictures))
     # An alpha that these pictures cannot support is refused now, not after an hour of training.
-    groups = _group_count(pictures, parts)
-    policy_of(_blank_calibration(parts, groups), spec.calibration.alpha, spec.calibration.mode)
+    groups = group_count(pictures, parts)
+    policy_of(blank_calibration(parts, groups), spec.calibration.alpha, spec.calibration.mode)
     fabric = make_fabric(device, spec.training.precision, tensorboard)
     work = out.absolute().with_name(f".{out.name}.training")
     _open_work(work, _identity(spec, pictures, parts, fabric), restart, fabric, say)
@@ -130,47 +119,6 @@ def _reading(say: Say) -> Callable[[int, int], None]:
             say(f"read {done:,} of {of:,} pictures")
 
     return progress
-
-
-def divide(spec: DetectorSpec, pictures: Pictures) -> tuple[list[Part], bool]:
-    """One part for split calibration, or K for cross-conformal calibration of few normals (True)."""
-    whole = split(
-        pictures,
-        seed=spec.seed,
-        test_fraction=spec.data.test_fraction,
-        fit_fraction=spec.split.fit,
-        calibrate_fraction=spec.split.calibrate,
-    )
-    usable = whole.pool
-    if len(usable) >= spec.calibration.few_normals:
-        return [Part(whole.train, whole.fit, _distinct(pictures, whole.calibrate))], False
-    return _folded(spec, pictures, usable), True
-
-
-def _folded(spec: DetectorSpec, pictures: Pictures, usable: Indices) -> list[Part]:
-    unit = pictures.units
-    count = min(spec.calibration.folds, len(np.unique(unit[usable])))
-    parts = []
-    for k, held in enumerate(folds(usable, unit[usable], count, spec.seed)):
-        rest = np.setdiff1d(usable, held)
-        fit = _fit_share(spec, rest, unit[rest], seed_of(spec.seed, "fit", k) % 2**32)
-        parts.append(Part(np.setdiff1d(rest, fit), fit, _distinct(pictures, held)))
-    return parts
-
-
-def _distinct(pictures: Pictures, calibrate: Indices) -> Indices:
-    """One of each content: copies of a picture tell nothing new and would count as evidence."""
-    return np.sort(calibrate[np.unique(pictures.fingerprints[calibrate], return_index=True)[1]])
-
-
-def _fit_share(spec: DetectorSpec, rest: Indices, unit: Indices, seed: int) -> Indices:
-    """The pictures of `rest` that a member fits its references on instead of training."""
-    shares = round((1 - spec.split.calibrate) / spec.split.fit)
-    # Below some ten pictures the scores' spread, on which the fusion rests, is anybody's guess.
-    shares = max(2, min(shares, len(rest) // _LEAST_FIT))
-    # Calibration needs whole groups; references do not, and one group may be half of what there is to train on.
-    whole = len(np.unique(unit)) >= 2 * shares
-    return folds(rest, unit if whole else None, shares, seed)[0]
 
 
 def _make_member(
@@ -265,19 +213,6 @@ def _close_work(work: Path) -> None:
     for path in work.glob("member*.safetensors"):
         path.unlink(missing_ok=True)
     shutil.rmtree(work, ignore_errors=True)
-
-
-def _group_count(pictures: Pictures, parts: list[Part]) -> int | None:
-    if pictures.groups is None:
-        return None
-    calibrate = np.concatenate([part.calibrate for part in parts])
-    count = len(np.unique(pictures.groups[calibrate]))
-    # Groups of one picture each leave the pictures exchangeable.
-    return count if count < len(calibrate) else None
-
-
-def _blank_calibration(parts: list[Part], groups: int | None) -> Calibration:
-    return Calibration.of([np.zeros(len(part.calibrate)) for part in parts], groups)
 
 
 def _probes(spec: DetectorSpec, pictures: Pictures, parts: list[Part]) -> Tensor | None:

@@ -59,7 +59,7 @@ def test_verdict_p_value_and_threshold_agree(tiny_detector, images):
 
 def test_calibration_scores_come_from_judging(tiny_detector, tiny_bundle, tiny_spec, digits_folder):
     """A calibration image judged by the loaded bundle has the score that calibration ranked."""
-    from anomaly_vae.training import divide
+    from anomaly_vae.dividing import divide
 
     pictures = open_pictures(digits_folder, tiny_spec.data, tiny_spec.image)
     (part,), crossed = divide(tiny_spec, pictures)

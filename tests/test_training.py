@@ -16,7 +16,8 @@ from conftest import write_digits
 
 from anomaly_vae import BundleError, CalibrationError, Detector, TrainingError
 from anomaly_vae.data import open_pictures
-from anomaly_vae.training import divide, train
+from anomaly_vae.dividing import divide
+from anomaly_vae.training import train
 
 SETTINGS = [
     "image={height: 16, width: 16, channels: 1}",
