@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 2
+PORT ?= 8765
 
 .PHONY: help install demo test lint types wheel-check clean
 
@@ -23,7 +24,7 @@ install: .venv/.installed
 	@touch $@
 
 demo: .venv/.installed
-	$(BIN)/anomaly-vae demo --folder .demo $(if $(CHECK),--check)
+	$(BIN)/anomaly-vae demo --folder .demo --port $(PORT) $(if $(CHECK),--check)
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -19,6 +19,7 @@ from anomaly_vae.errors import AnomalyVaeError, ConfigError
 if TYPE_CHECKING:
     from anomaly_vae.data import DataSpec
     from anomaly_vae.engine import Engine
+    from anomaly_vae.evaluation import Evaluation
     from anomaly_vae.recipe import DetectorSpec
     from anomaly_vae.training import Trained
 
@@ -86,6 +87,7 @@ def train(
     overwrite: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
     restart: Annotated[bool, typer.Option(help="Begin anew instead of going on where a training stopped.")] = False,
     tensorboard: Annotated[Path | None, typer.Option(help="Write TensorBoard logs there.")] = None,
+    report: Annotated[bool, typer.Option("--report", help="Write report.html into the bundle.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train on a folder of normal pictures, calibrate, and write a bundle."""
@@ -93,20 +95,35 @@ def train(
     from anomaly_vae.training import train as run
 
     spec = _recipe(config, preset, override or [])
-    with console.training_view() as view:
-        trained = run(
-            spec,
-            data,
-            out,
-            device=device,
-            overwrite=overwrite,
-            restart=restart,
-            say=console.note,
-            report=view,
-            tensorboard=tensorboard,
-        )
+    try:
+        with console.training_view() as view:
+            trained = run(
+                spec,
+                data,
+                out,
+                device=device,
+                overwrite=overwrite,
+                restart=restart,
+                say=console.note,
+                report=view,
+                tensorboard=tensorboard,
+            )
+    except KeyboardInterrupt:
+        console.note("interrupted; the same command goes on from here, --restart begins anew")
+        raise typer.Exit(130) from None
     if trained is not None:
+        if report:
+            _report_training(trained)
         _tell_trained(trained, as_json)
+
+
+def _report_training(trained: "Trained") -> None:
+    from anomaly_vae import console
+    from anomaly_vae.reporting import training_report, write_report
+
+    place = trained.path / "report.html"
+    write_report(place, training_report(trained, console.policy_line(trained.detector)))
+    console.note(f"report: {place}")
 
 
 def _recipe(config: Path | None, preset: str | None, overrides: list[str]) -> "DetectorSpec":
@@ -126,32 +143,13 @@ def _recipe(config: Path | None, preset: str | None, overrides: list[str]) -> "D
 def _tell_trained(trained: "Trained", as_json: bool) -> None:
     from anomaly_vae import console
 
-    for line in trained.notes:
-        console.note(f"note: {line}")
+    for remark in trained.notes:
+        console.note(f"note: {remark}")
     if as_json:
-        policy = trained.detector.policy
-        facts = {
-            "bundle": str(trained.path),
-            "version": trained.detector.version,
-            "seconds": trained.seconds,
-            "alpha": policy.alpha,
-            "mode": policy.mode,
-            "expected_false_alarm_rate": policy.expected_false_alarm_rate,
-            "calibration_images": trained.detector.calibration.n,
-            "notes": trained.notes,
-        }
-        _print_json(facts)
+        _print_json(trained.to_dict())
         return
-    chosen = [f"epoch {one['epoch']} of {one['epochs']}" for one in trained.metrics["members"]]
-    units = [str(one["active_units"]) for one in trained.metrics["members"]]
-    console.say(
-        f"trained in {trained.seconds:.0f} s; kept {', '.join(chosen)} (lowest held-out loss)"
-        if trained.detector.spec.training.select == "best"
-        else f"trained in {trained.seconds:.0f} s"
-    )
-    console.say(f"active latent units: {', '.join(units)} of {trained.metrics['latents']}")
-    console.say(console.policy_line(trained.detector))
-    console.say(f"bundle {trained.path} (version {trained.detector.version})")
+    for line in console.trained_lines(trained):
+        console.say(line)
 
 
 @app.command()
@@ -164,24 +162,49 @@ def evaluate(
     alpha: Alpha = None,
     override: DataOverride = None,
     device: Device = "auto",
+    report: Annotated[Path | None, typer.Option(help="Write a page with curves and mistakes: a .html file.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure AUROC and false alarms on pictures the detector has not seen."""
     from anomaly_vae import console
     from anomaly_vae.evaluation import evaluate as run
 
+    if report is not None:
+        from anomaly_vae.reporting import check_report
+
+        check_report(report)
     engine = _engine(bundle, device, alpha)
     evaluation = run(engine, data, _data_spec(engine, override or []))
+    if report is not None:
+        _report_evaluation(report, bundle, data, engine, evaluation)
     if as_json:
         _print_json(evaluation.to_dict() | {"version": engine.detector.version})
         return
     if evaluation.excluded:
         console.note(f"left out {evaluation.excluded} pictures that the detector was made from")
+    console.say(console.power_line(engine.detector))
     if evaluation.unreadable:
         console.note(f"skipped {evaluation.unreadable} unreadable pictures")
     console.out.print(console.evaluation_table(evaluation))
     if len(evaluation.kinds) > 1:
         console.out.print(console.kinds_table(evaluation))
+
+
+def _report_evaluation(place: Path, bundle: Path, data: str, engine: "Engine", evaluation: "Evaluation") -> None:
+    from anomaly_vae import console
+    from anomaly_vae.bundle import read_bundle
+    from anomaly_vae.reporting import evaluation_report, write_report
+
+    page = evaluation_report(
+        engine,
+        evaluation,
+        name=bundle.resolve().name,
+        source=data,
+        sentence=console.policy_line(engine.detector),
+        metrics=read_bundle(bundle).metrics,
+    )
+    write_report(place, page)
+    console.note(f"report: {place}")
 
 
 @app.command()
@@ -202,6 +225,8 @@ def score(
         _print_json({"results": rows})
     else:
         console.out.print(console.verdict_table(rows))
+        if heatmap is not None:
+            console.say(f"heat maps written to {heatmap}")
     if any(row["error"] for row in rows):
         raise typer.Exit(4)
 
@@ -225,6 +250,9 @@ def scan(
     view = console.ScanView()
     try:
         tally = run(engine, folder, out, view)
+    except KeyboardInterrupt:
+        console.note("interrupted; nothing was written")
+        raise typer.Exit(130) from None
     finally:
         view.close()
     if as_json:
@@ -239,6 +267,33 @@ def scan(
         console.say(f"{tally.errors} files could not be read; column 'error' of {out} says why")
     console.say(f"written to {out}")
     raise typer.Exit(4 if tally.errors else 0)
+
+
+@app.command()
+def explore(
+    bundle: BundleArgument,
+    *,
+    out: Annotated[Path, typer.Option(help="Folder to write the pictures and index.html to.")],
+    data: Annotated[str | None, typer.Option(help="Folder of pictures; without it only what needs none.")] = None,
+    override: DataOverride = None,
+    add: Annotated[list[str] | None, typer.Option(metavar="A-B", help="Add the difference of two labels to B.")] = None,
+    alpha: Annotated[str, typer.Option(help="How many times to add it.")] = "0.5,1,1.5,2",
+    seed: Annotated[int, typer.Option(min=0, help="Another one draws other samples and pictures.")] = 0,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Look into the latent space: samples, reconstructions, traversals, sums, maps, extremes."""
+    from anomaly_vae import console
+    from anomaly_vae.exploring import alphas_of
+    from anomaly_vae.exploring import explore as run
+
+    engine, alphas = _engine(bundle, device, None), alphas_of(alpha)
+    explored = run(engine, bundle, out, data, _data_spec(engine, override or []), add or [], alphas, seed)
+    if as_json:
+        _print_json(explored.to_dict())
+        return
+    for line in [*explored.notes, *explored.lines()]:
+        console.say(line)
 
 
 @app.command()
@@ -288,6 +343,8 @@ def check(
         return
     for line in report.lines():
         console.say(line)
+    if report.outlook.problem:
+        raise typer.Exit(2)
 
 
 @app.command()

@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     from anomaly_vae.evaluation import Evaluation
     from anomaly_vae.fitting import Progress as FittingProgress
     from anomaly_vae.scanning import Tally
+    from anomaly_vae.training import Trained
 
 # A pipe has no width; tables that wrap at 80 columns there could not be searched.
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 240)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 _PLAIN_SECONDS = 10.0
+_WIDE = 130
+"""Columns from which on the parts of the loss fit beside the bar."""
 
 
 def note(line: str) -> None:
@@ -29,9 +32,10 @@ def note(line: str) -> None:
     err.print(line, markup=False)
 
 
-def say(line: str) -> None:
-    """A line of the result."""
-    out.print(line, markup=False)
+def say(line: str | None) -> None:
+    """A line of the result, if there is one."""
+    if line is not None:
+        out.print(line, markup=False)
 
 
 class TrainingView:
@@ -43,7 +47,9 @@ class TrainingView:
         self.printed = 0.0
 
     def __call__(self, member: int, members: int, progress: "FittingProgress") -> None:
-        losses = f"loss {progress.loss:.1f}  reconstruction {progress.reconstruction:.1f}  KL {progress.kl:.1f}"
+        losses = f"loss {progress.loss:.1f}"
+        if self.bar is None or err.width >= _WIDE:
+            losses += f"  reconstruction {progress.reconstruction:.1f}  KL {progress.kl:.1f}"
         losses += "" if progress.held_out != progress.held_out else f"  held-out {progress.held_out:.1f} nats"
         who = f"model {member + 1}/{members}" if members > 1 else "training"
         if self.bar is not None:
@@ -110,6 +116,30 @@ def policy_line(detector: "Detector") -> str:
     return text
 
 
+def trained_lines(trained: "Trained") -> Iterator[str | None]:
+    """What came of a training."""
+    members, training = trained.metrics["members"], trained.detector.spec.training
+    kept = ", ".join(f"epoch {one['epoch']} of {one['epochs']}" for one in members)
+    best = f"; kept {kept} (lowest held-out loss)" if training.select == "best" else ""
+    yield f"trained in {trained.seconds:.0f} s{best}"
+    units = ", ".join(str(one["active_units"]) for one in members)
+    yield f"active latent units: {units} of {trained.metrics['latents']}"
+    yield policy_line(trained.detector)
+    yield power_line(trained.detector)
+    yield f"bundle {trained.path} (version {trained.detector.version})"
+
+
+def power_line(detector: "Detector") -> str | None:
+    """What to do about a verdict that only the most extreme rank can give; None where there is room."""
+    policy, calibration = detector.policy, detector.calibration
+    if calibration.rank(policy.alpha, policy.mode) > 1:
+        return None
+    return (
+        f"at alpha {policy.alpha:g} a picture must be more unusual than every calibration picture to be an outlier; "
+        f"to find more, allow more false alarms (--alpha {min(2 * policy.alpha, 0.5):g}) or add normal pictures"
+    )
+
+
 def evaluation_table(evaluation: "Evaluation") -> Table:
     """The figures of an evaluation, one a row."""
     table = Table("figure", "value", title="Evaluation on pictures the detector has not seen", title_justify="left")
@@ -159,7 +189,7 @@ def verdict_table(rows: list[dict[str, Any]]) -> Table:
     table = Table("picture", "verdict", "p-value", "score")
     for row in rows:
         if row.get("error"):
-            table.add_row(escape(row["path"]), "unreadable", "", escape(row["error"]))
+            table.add_row(escape(row["path"]), f"unreadable: {escape(row['error'])}", "", "")
         else:
             verdict = "[bold red]outlier[/]" if row["outlier"] else "normal"
             table.add_row(escape(row["path"]), verdict, f"{row['p_value']:.4f}", f"{row['score']:.3f}")

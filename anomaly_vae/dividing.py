@@ -65,6 +65,12 @@ def _fit_share(spec: DetectorSpec, rest: Indices, unit: Indices, seed: int) -> I
     return folds(rest, unit if whole else None, shares, seed)[0]
 
 
+def copies(parts: list[Part]) -> int:
+    """How many pictures were left out of calibration, as copies of others."""
+    used = np.unique(np.concatenate([np.concatenate([part.train, part.fit, part.calibrate]) for part in parts]))
+    return len(used) - sum(len(part.calibrate) for part in parts) if len(parts) > 1 else 0
+
+
 def group_count(pictures: Pictures, parts: list[Part]) -> int | None:
     if pictures.groups is None:
         return None

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,24 @@ class Kind:
     auroc: float | None
 
 
+@dataclass(frozen=True, eq=False)
+class Cases:
+    """The test pictures one by one: `pictures.items` has their keys and labels, each array one row a picture."""
+
+    pictures: Pictures
+    abnormal: npt.NDArray[np.bool_]
+    scores: npt.NDArray[np.float64]
+    p_values: npt.NDArray[np.float64]
+    flagged: npt.NDArray[np.bool_]
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Figures on pictures the detector has not seen. None where there is nothing to measure it on.
 
     `false_alarms`: flagged normals, with the central 90% interval that calibration predicts.
     `detection_rate`: share of the abnormal flagged. `excluded`: left out, since known to the detector or a copy.
-    `parts`: AUROC of each score by itself.
+    `parts`: AUROC of each score by itself. `cases`: what the figures were counted from; `to_dict` leaves it out.
     """
 
     n_normal: int
@@ -53,6 +64,7 @@ class Evaluation:
     kinds: list[Kind]
     pixels: Localisation | None
     images_per_second: float
+    cases: Cases = field(repr=False, compare=False)
 
     @property
     def false_alarm_rate(self) -> float | None:
@@ -133,6 +145,7 @@ def _summarise(
     labels = np.array([pictures.items[i].label for i in test])
     abnormal = np.array([not pictures.items[i].normal for i in test])
     scores = np.array([score for one in judged for score in one.score])
+    p_values = np.array([p for one in judged for p in one.p_value])
     flagged = np.array([outlier for one in judged for outlier in one.outlier])
     parts = {name: [value for one in judged for value in one.parts[name]] for name in judged[0].parts}
     policy, calibration = engine.detector.policy, engine.detector.calibration
@@ -154,6 +167,7 @@ def _summarise(
         kinds=_kinds(labels, abnormal, scores, flagged),
         pixels=pixels,
         images_per_second=len(test) / max(seconds, 1e-9),
+        cases=Cases(pictures.select(test), abnormal, scores, p_values, flagged),
     )
 
 

@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -198,9 +199,12 @@ def _which_is_normal(folder: Path, data: DataSpec) -> DataError:
             f"{shown(folder)} holds several data sets; give one of them, such as {shown(folder / inner[0])}"
         )
     listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    close = [near for wanted in data.normal for near in get_close_matches(wanted, names, 1)]
+    # Never a name at random: whoever followed that might train on the defects.
+    guess = f" (did you mean {close[0]}?)" if close else ""
     return DataError(
-        f"{shown(folder)} has the folders {listed}, none of them called {' or '.join(data.normal)}; "
-        f"say which is normal, such as -o 'data.normal=[{names[0]}]', or -o data.layout=flat if every picture is"
+        f"{shown(folder)} has the folders {listed}, none of them called {' or '.join(data.normal)}{guess}; "
+        "say which is normal, -o 'data.normal=[NAME]', or -o data.layout=flat if every picture is"
     )
 
 

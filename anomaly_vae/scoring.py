@@ -34,6 +34,10 @@ def _names(paths: list[Path]) -> list[str]:
 
 def _score_file(engine: Engine, path: Path, place: Path | None) -> dict[str, Any]:
     row: dict[str, Any] = {"path": printable(path), "error": None}
+    if path.is_dir():
+        return row | {"error": "it is a folder; use: anomaly-vae scan"}
+    if not path.exists():
+        return row | {"error": "it does not exist; look for a misspelling"}
     try:
         image = engine.prepare(read_picture(path, engine.detector.image.max_bytes))
     except BadImage as error:

@@ -27,15 +27,24 @@ class Spec(BaseModel):
     @classmethod
     def read(cls, path: Path, overrides: Sequence[str] = ()) -> Self:
         """Read a YAML file, apply `key.sub=value` overrides, validate."""
-        data = override(read_yaml(path), overrides)
-        return cls.parse(data, f"{path} with {', '.join(overrides)}" if overrides else str(path))
+        return cls._overridden(override(read_yaml(path), overrides), overrides, str(path))
 
     def with_overrides(self, overrides: Sequence[str]) -> Self:
         """A copy in which `key.sub=value` texts are applied, validated as a whole."""
         if not overrides:
             return self
         data = override(self.model_dump(mode="json"), overrides)
-        return type(self).parse(data, f"override {', '.join(overrides)}")
+        return self._overridden(data, overrides, f"override {', '.join(overrides)}")
+
+    @classmethod
+    def _overridden(cls, data: Mapping[str, Any], overrides: Sequence[str], source: str) -> Self:
+        """Validate; a mistake in an override is blamed on it rather than on the file that it changes."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            problem = _first_problem(error)
+            guilty = next((text for text in overrides if problem.startswith(text.split("=")[0].strip())), None)
+            raise ConfigError(f"{f'-o {guilty}' if guilty else source}: {problem}") from None
 
 
 class _Loader(yaml.SafeLoader):

@@ -20,8 +20,8 @@ from anomaly_vae.bundle import check_place, write_durably
 from anomaly_vae.calibration import Calibration
 from anomaly_vae.data import Pictures, open_pictures, suggest_image_spec, survey
 from anomaly_vae.detector import Detector, policy_of
-from anomaly_vae.dividing import Indices, Part, blank_calibration, divide, group_count
-from anomaly_vae.errors import TrainingError
+from anomaly_vae.dividing import Indices, Part, blank_calibration, copies, divide, group_count
+from anomaly_vae.errors import BundleError, TrainingError
 from anomaly_vae.fabric import make_fabric
 from anomaly_vae.fitting import Fitted, Fitting, Progress
 from anomaly_vae.member import Batches, Member, member_scores
@@ -43,6 +43,20 @@ class Trained:
     seconds: float
     metrics: dict[str, Any]
     notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts for machines."""
+        policy = self.detector.policy
+        return {
+            "bundle": str(self.path),
+            "version": self.detector.version,
+            "seconds": self.seconds,
+            "alpha": policy.alpha,
+            "mode": policy.mode,
+            "expected_false_alarm_rate": policy.expected_false_alarm_rate,
+            "calibration_images": self.detector.calibration.n,
+            "notes": self.notes,
+        }
 
 
 Say = Callable[[str], None]
@@ -188,7 +202,7 @@ def _open_work(work: Path, run: dict[str, Any], restart: bool, fabric: Fabric, s
                 work.mkdir(parents=True)
                 write_durably(work / _RUN, dump_yaml(run).encode())
             except OSError as error:
-                raise TrainingError(f"cannot write {work}: {error.strerror}; choose another --out") from None
+                raise BundleError(f"cannot write {work}: {error.strerror}; choose another --out") from None
     fabric.barrier()
 
 
@@ -257,6 +271,8 @@ def _describe(parts: list[Part], crossed: bool, pictures: Pictures) -> str:
     held = sum(item.normal for item in pictures.items) - usable
     if crossed:
         how = f"{len(parts)}-fold cross-calibration, {len(parts)} models, since they are few"
+        again = copies(parts)
+        how += f"; {again} copies do not calibrate" if again else ""
     else:
         part = parts[0]
         how = f"{len(part.train)} train, {len(part.fit)} fit, {len(part.calibrate)} calibrate"

@@ -5,6 +5,7 @@ after it was started (a process forked after CUDA was initialised cannot use CUD
 Imports of anything heavy are therefore inside functions.
 """
 
+import errno
 import logging
 import math
 import multiprocessing
@@ -174,8 +175,14 @@ def _claimed(host: str, port: int, setting: str) -> socket.socket:
         shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         shared.bind(taken)
     except OSError as error:
-        reason = f"{host}:{port} cannot be listened on ({error.strerror})"
-        raise ConfigError(f"{setting}: {reason}; stop what uses it or choose another, 0 for any free one") from None
+        what = f"{host}:{port} cannot be listened on ({error.strerror})"
+        if setting == "health_port":
+            what += ", the port after --port, for health and metrics; set -o health_port=0 for any free one"
+        elif error.errno == errno.EACCES:
+            what += "; ports below 1024 need root: choose a higher one"
+        else:
+            what += "; stop what uses it or choose another --port, 0 for any free one"
+        raise ConfigError(f"{setting}: {what}") from None
     return shared
 
 
@@ -300,7 +307,7 @@ def _welcome(place: Place, scorer: "Scorer") -> str:
     return f"""ready: model {scorer.name}, version {scorer.detector.version}
   address  {url}
   try      curl -F file=@picture.jpg {url}/v1/score
-  verdict  outlier when p <= {policy.alpha:g}, which is at most {policy.bound:.3g} of normal pictures ({policy.mode})
+  verdict  outlier when p <= {policy.alpha:g} ({policy.mode}): {policy.expected_false_alarm_rate:.2%} false alarms
   health   {place.url(place.health_port)}/ready, metrics at /metrics
   stop     Ctrl-C; what was accepted is finished first
 """

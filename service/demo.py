@@ -7,6 +7,7 @@ people can see them). Which pictures are held out is fixed by their number.
 import json
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -38,6 +39,8 @@ class Sent:
 
 def demo_command(check: bool, folder: Path, port: int) -> None:
     """Run the demo in `folder`; with `check` stop the service at the end and fail if anything fell short."""
+    if not check:
+        _require_free(port)
     started = time.monotonic()
     pictures, bundle = folder / "digits", folder / "bundle"
     count = write_pictures(pictures)
@@ -52,6 +55,17 @@ def demo_command(check: bool, folder: Path, port: int) -> None:
         print_line(f"\nThe service runs at {address} until you press Ctrl-C. Try:")
         print_line(f"  curl --data-binary @{shlex.quote(str(sent[-1].path))} {address}/v1/score")
         _until_interrupted(process)
+
+
+def _require_free(port: int) -> None:
+    """Refuse a port that is taken before the work, not after it."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            reason = f"port {port} cannot be listened on ({error.strerror})"
+            raise AnomalyVaeError(f"{reason}; choose another: make demo PORT=0, or anomaly-vae demo --port 0") from None
 
 
 def write_pictures(folder: Path) -> int:

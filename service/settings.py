@@ -62,7 +62,7 @@ class ServiceSettings(Spec):
         if not self.allow_remote and not _is_loopback(self.host):
             raise ValueError(
                 f"host {self.host} can be reached from other machines, and the service asks nobody for a key; "
-                "keep 127.0.0.1, or set allow_remote: true when a proxy or firewall guards it"
+                "keep 127.0.0.1, or pass -o allow_remote=true when a proxy or firewall guards it"
             )
         return self
 

@@ -131,7 +131,7 @@ def test_without_a_normal_folder_the_error_names_folders_and_remedy(tmp_path: Pa
         listed(tmp_path)
     message = str(caught.value)
     assert "neutral, smiling" in message
-    assert "data.normal=[neutral]" in message
+    assert "data.normal=[NAME]" in message
     assert "\n" not in message
     items = listed(tmp_path, normal=["neutral"]).items
     assert {item.label for item in items if item.normal} == {"neutral"}

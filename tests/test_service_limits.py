@@ -108,7 +108,9 @@ def test_sigterm_makes_unready_finishes_the_queued_refuses_the_rest_and_ends_wit
             assert httpx.get(server.health + "/ready").json() == {"ready": False, "state": "draining"}
             assert httpx.get(server.health + "/live").status_code == 200
             unfinished.sendall(b"image!")
-            refusal = unfinished.recv(65536)
+            refusal = b""
+            while b"}}" not in refusal and (piece := unfinished.recv(65536)):
+                refusal += piece
         assert b" 503 " in refusal.splitlines()[0]
         assert b'"draining"' in refusal
         assert [reply.result().status_code for reply in replies] == [200] * 8
