@@ -131,12 +131,15 @@ def trained_lines(trained: "Trained") -> Iterator[str | None]:
 
 def power_line(detector: "Detector") -> str | None:
     """What to do about a verdict that only the most extreme rank can give; None where there is room."""
+    from anomaly_vae.calibration import ALPHA_LADDER
+
     policy, calibration = detector.policy, detector.calibration
     if calibration.rank(policy.alpha, policy.mode) > 1:
         return None
+    more = next((alpha for alpha in ALPHA_LADDER if alpha > policy.alpha), min(2 * policy.alpha, 0.5))
     return (
         f"at alpha {policy.alpha:g} a picture must be more unusual than every calibration picture to be an outlier; "
-        f"to find more, allow more false alarms (--alpha {min(2 * policy.alpha, 0.5):g}) or add normal pictures"
+        f"to find more, allow more false alarms (--alpha {more:g}) or add normal pictures"
     )
 
 
