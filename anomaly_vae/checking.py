@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from anomaly_vae.calibration import Calibration, Mode, normals_needed
 from anomaly_vae.data import Pictures, open_listing
-from anomaly_vae.dividing import blank_calibration, divide, group_count
+from anomaly_vae.dividing import blank_calibration, divide, group_count, made_from
 from anomaly_vae.errors import CalibrationError, DataError
 from anomaly_vae.images import ImageInfo, ImageSpec
 from anomaly_vae.layouts import DataSpec, Item, shown
@@ -229,11 +229,10 @@ def _outlook(pictures: Pictures, data: DataSpec) -> Outlook:
     except DataError as error:
         return Outlook(normals, 0, 0, None, None, None, None, str(error))
     calibration = blank_calibration(parts, group_count(pictures, parts))
-    made_from = np.unique(np.concatenate([np.concatenate([part.train, part.fit, part.calibrate]) for part in parts]))
     average = _smallest(calibration, "average")
     return Outlook(
         normals,
-        normals - len(made_from),
+        normals - len(made_from(parts)),
         calibration.n,
         len(parts) if crossed else None,
         average,

@@ -65,13 +65,18 @@ def _fit_share(spec: DetectorSpec, rest: Indices, unit: Indices, seed: int) -> I
     return folds(rest, unit if whole else None, shares, seed)[0]
 
 
+def made_from(parts: list[Part]) -> Indices:
+    """Ascending indices of all pictures that take part in training, fitting or calibration."""
+    return np.unique(np.concatenate([np.concatenate([part.train, part.fit, part.calibrate]) for part in parts]))
+
+
 def copies(parts: list[Part]) -> int:
     """How many pictures were left out of calibration, as copies of others."""
-    used = np.unique(np.concatenate([np.concatenate([part.train, part.fit, part.calibrate]) for part in parts]))
-    return len(used) - sum(len(part.calibrate) for part in parts) if len(parts) > 1 else 0
+    return len(made_from(parts)) - sum(len(part.calibrate) for part in parts) if len(parts) > 1 else 0
 
 
 def group_count(pictures: Pictures, parts: list[Part]) -> int | None:
+    """Number of groups the calibration pictures come in; None where they stand alone."""
     if pictures.groups is None:
         return None
     calibrate = np.concatenate([part.calibrate for part in parts])
@@ -81,4 +86,5 @@ def group_count(pictures: Pictures, parts: list[Part]) -> int | None:
 
 
 def blank_calibration(parts: list[Part], groups: int | None) -> Calibration:
+    """A calibration of these sizes before there are scores, to ask what it could promise."""
     return Calibration.of([np.zeros(len(part.calibrate)) for part in parts], groups)

@@ -1,6 +1,7 @@
 """`Engine`: a detector on a device, made fast and warm; serves scan and service alike."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -45,9 +46,7 @@ class Engine:
 
     def _judge_padded(self, images: Tensor, heat: bool) -> Judgement:
         count = len(images)
-        size = next(bucket for bucket in self._buckets() if bucket >= count)
-        if self.device.type == "cpu":
-            size = count
+        size = count if self.device.type == "cpu" else next(size for size in self._buckets() if size >= count)
         if size > count:
             images = torch.cat([images, images[-1:].expand(size - count, *images.shape[1:])])
         return _first(self.detector.judge(images, heat), count)
@@ -61,14 +60,10 @@ class Engine:
 
 
 def pick_device(name: str) -> torch.device:
-    """`_find_device`, with float32 meaning float32: TF32 would move scores by far more than the tolerance allows."""
+    """`auto`: CUDA, else Apple's GPU, else the CPU. Raises `ConfigError` for one that is not there."""
+    # Float32 shall be float32: TF32 would move scores by far more than the tolerance allows.
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
-    return _find_device(name)
-
-
-def _find_device(name: str) -> torch.device:
-    """`auto`: CUDA, else Apple's GPU, else the CPU. Raises `ConfigError` for one that is not there."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -83,30 +78,23 @@ def _find_device(name: str) -> torch.device:
 
 
 def _first(judged: Judgement, count: int) -> Judgement:
-    if count == len(judged):
-        return judged
-    return Judgement(
-        judged.score[:count],
-        judged.p_value[:count],
-        judged.outlier[:count],
-        {name: column[:count] for name, column in judged.parts.items()},
-        None if judged.heat is None else judged.heat[:count],
-        judged.heat_scale,
-        judged.policy,
-        judged.version,
+    return replace(
+        judged,
+        score=judged.score[:count],
+        p_value=judged.p_value[:count],
+        outlier=judged.outlier[:count],
+        parts={name: column[:count] for name, column in judged.parts.items()},
+        heat=None if judged.heat is None else judged.heat[:count],
     )
 
 
 def _joined(pieces: list[Judgement]) -> Judgement:
-    first = pieces[0]
     heats = [piece.heat for piece in pieces if piece.heat is not None]
-    return Judgement(
-        [value for piece in pieces for value in piece.score],
-        [value for piece in pieces for value in piece.p_value],
-        [value for piece in pieces for value in piece.outlier],
-        {name: [value for piece in pieces for value in piece.parts[name]] for name in first.parts},
-        np.concatenate(heats) if heats else None,
-        first.heat_scale,
-        first.policy,
-        first.version,
+    return replace(
+        pieces[0],
+        score=[value for piece in pieces for value in piece.score],
+        p_value=[value for piece in pieces for value in piece.p_value],
+        outlier=[value for piece in pieces for value in piece.outlier],
+        parts={name: [value for piece in pieces for value in piece.parts[name]] for name in pieces[0].parts},
+        heat=np.concatenate(heats) if heats else None,
     )

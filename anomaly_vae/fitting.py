@@ -87,11 +87,9 @@ class Fitting:
             )
         # An epoch is a tenth of the budget at most: of a million pictures one pass would be the budget many times over,
         # and what happens only between epochs (checkpoints, the held-out loss) would never happen.
-        self.steps_an_epoch = (
-            min(len(train) // self.batch, max(1, spec.steps // 10))
-            if spec.epochs is None
-            else (len(train) // self.batch)
-        )
+        self.steps_an_epoch = len(train) // self.batch
+        if spec.epochs is None:
+            self.steps_an_epoch = min(self.steps_an_epoch, max(1, spec.steps // 10))
         self.epochs = spec.epochs or max(1, math.ceil(spec.steps * share / self.steps_an_epoch))
         self.steps = self.epochs * self.steps_an_epoch
         self.has_dropout = any(isinstance(module, nn.modules.dropout._DropoutNd) for module in model.modules())
@@ -150,7 +148,7 @@ class Fitting:
         for i, (_, images) in enumerate(batches):
             pending.append(self._step(epoch * self.steps_an_epoch + i, images))
         for loss in pending:
-            sums += torch.stack([loss.total.detach(), loss.reconstruction, loss.kl]).double().cpu()
+            sums += torch.stack(list(loss)).double().cpu()
         total, reconstruction, kl = (sums / max(len(pending), 1)).tolist()
         if not math.isfinite(total):
             raise TrainingError(
@@ -196,13 +194,8 @@ class Fitting:
         last = epoch + 1 == self.epochs
         due = (epoch + 1) % every == 0 or last
         # Buffers differ a little between processes, and all must stop at the same epoch.
-        held = (
-            self.fabric.broadcast(self._held_out())
-            if due
-            else state.history[-1]["held_out"]
-            if state.history
-            else float("nan")
-        )
+        known = state.history[-1]["held_out"] if state.history else float("nan")
+        held = self.fabric.broadcast(self._held_out()) if due else known
         state.epoch, state.weights, state.optimizer = epoch + 1, self.model.state_dict(), self.optimizer.state_dict()
         row = zip(("epoch", "loss", "reconstruction", "kl", "held_out"), (epoch + 1, *losses, held), strict=True)
         state.history.append(dict(row))

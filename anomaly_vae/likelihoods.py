@@ -6,6 +6,7 @@ and channel. A scale estimated from errors lives in a buffer: training updates i
 """
 
 import math
+from abc import ABC, abstractmethod
 from typing import Annotated, Literal, Self
 
 import torch
@@ -21,18 +22,18 @@ MIN_LOG_SCALE = -5.0
 _MOMENTUM = 0.1
 
 
-class Likelihood(nn.Module):
+class Likelihood(nn.Module, ABC):
     """Base of the decoders' output laws."""
 
     outputs_per_channel = 1
 
+    @abstractmethod
     def mean(self, output: Tensor) -> Tensor:
         """E[x given z], shape (B, C, H, W)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def log_prob(self, output: Tensor, x: Tensor) -> Tensor:
         """log p(x given z) in nats for each pixel and channel, shape (B, C, H, W)."""
-        raise NotImplementedError
 
     def deviation(self, output: Tensor, x: Tensor) -> Tensor:
         """How far x lies from the mean in units of the law's own scale, >= 0, shape (B, C, H, W)."""
@@ -75,8 +76,9 @@ class _LocationScale(Likelihood):
             self.log_scale.lerp_(batch.to(self.log_scale), 1.0 if not self.observed else _MOMENTUM)
             self.observed.fill_(1.0)
 
+    @abstractmethod
     def _batch_log_scale(self, error: Tensor) -> Tensor:
-        raise NotImplementedError
+        """log of the scale that suits a batch's errors best, shape ()."""
 
 
 class Gaussian(_LocationScale):

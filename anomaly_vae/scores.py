@@ -6,6 +6,7 @@ about 1e-7 of itself, whatever batch the image came in. What a score must know a
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, ClassVar, Literal
@@ -94,9 +95,9 @@ class Score(Spec):
 
     log_scale: ClassVar[bool] = True
 
+    @abstractmethod
     def __call__(self, seen: Observation, references: References) -> Tensor:
         """The score of each image, shape (B,)."""
-        raise NotImplementedError
 
     def statistic(self, seen: Observation) -> Tensor | None:
         """What `fit` wants to see of the fit split, one row an image; None where nothing is fitted."""

@@ -20,7 +20,7 @@ from anomaly_vae.bundle import check_place, write_durably
 from anomaly_vae.calibration import Calibration
 from anomaly_vae.data import Pictures, open_pictures, suggest_image_spec, survey
 from anomaly_vae.detector import Detector, policy_of
-from anomaly_vae.dividing import Indices, Part, blank_calibration, copies, divide, group_count
+from anomaly_vae.dividing import Indices, Part, blank_calibration, copies, divide, group_count, made_from
 from anomaly_vae.errors import BundleError, TrainingError
 from anomaly_vae.fabric import make_fabric
 from anomaly_vae.fitting import Fitted, Fitting, Progress
@@ -172,7 +172,7 @@ def _calibrated(
         member_scores(spec, member, _batches(pictures, part.calibrate)())
         for member, part in zip(members, parts, strict=True)
     ]
-    used = np.unique(np.concatenate([np.concatenate([part.train, part.fit, part.calibrate]) for part in parts]))
+    used = made_from(parts)
     return Detector(spec, members, Calibration.of(scores, groups), seen=np.unique(pictures.fingerprints[used]))
 
 
@@ -267,7 +267,7 @@ def _collapse_notes(fitted: list[Fitted]) -> list[str]:
 
 
 def _describe(parts: list[Part], crossed: bool, pictures: Pictures) -> str:
-    usable = len(np.unique(np.concatenate([np.concatenate([p.train, p.fit, p.calibrate]) for p in parts])))
+    usable = len(made_from(parts))
     held = sum(item.normal for item in pictures.items) - usable
     if crossed:
         how = f"{len(parts)}-fold cross-calibration, {len(parts)} models, since they are few"
