@@ -4,86 +4,12 @@ import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import pytest
-import torch
+from judging import SOON, Clock, Judge, held_up, made, picture, put, slowed
 from torch import Tensor
 
 from service.batching import Batcher, NotAccepted, NotScored, Scored, Ticket
-
-SOON = 20.0  # seconds until a test that hangs is called broken
-
-
-@dataclass(frozen=True)
-class Columns:
-    """What a judge returns: here a picture's score is its only pixel."""
-
-    values: list[int]
-    heat: Any
-    heat_scale: float = 1.0
-
-    def row(self, index: int) -> dict[str, Any]:
-        return {"score": self.values[index]}
-
-
-class Judge:
-    """Scores one-pixel pictures by their value; cannot stand `bad` values; can be held up, and can break for good."""
-
-    def __init__(self, bad: frozenset[int] = frozenset(), open_: bool = True) -> None:
-        self.bad = bad
-        self.broken = False
-        self.batches: list[list[int]] = []
-        self.maps: list[bool] = []
-        self.threads: set[int] = set()
-        self.entered = threading.Semaphore(0)
-        self.gate = threading.Event()
-        if open_:
-            self.gate.set()
-
-    def __call__(self, images: Tensor, heatmaps: bool) -> Columns:
-        self.threads.add(threading.get_ident())
-        values = images.flatten().tolist()
-        self.entered.release()
-        assert self.gate.wait(SOON)
-        if self.broken or self.bad & set(values):
-            raise RuntimeError("cannot judge this")
-        self.batches.append(values)
-        self.maps.append(heatmaps)
-        return Columns(values, np.array(values, np.float32).reshape(-1, 1, 1) if heatmaps else None)
-
-
-class Clock:
-    """A clock the test moves."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def picture(value: int) -> Tensor:
-    return torch.full((1, 1, 1), value, dtype=torch.uint8)
-
-
-def made(judge: Any, **options: Any) -> Batcher:
-    return Batcher(lambda: (judge, picture(0)), **options)
-
-
-def put(batcher: Batcher, value: int, **options: Any) -> Ticket:
-    heatmap = options.pop("heatmap", False)
-    with batcher.reserve(**options) as places:
-        return places.submit(picture(value), heatmap=heatmap)
-
-
-def held_up(judge: Judge, batcher: Batcher) -> Ticket:
-    """Get the model busy with picture 1 until `judge.gate` opens."""
-    ticket = put(batcher, 1)
-    assert judge.entered.acquire(timeout=SOON)
-    return ticket
 
 
 def test_an_idle_model_starts_at_once_and_what_waited_goes_together_in_order() -> None:
@@ -156,11 +82,7 @@ def test_places_are_bounded_taken_all_or_none_and_given_back() -> None:
 def test_the_wait_of_a_refusal_grows_with_the_queue() -> None:
     clock = Clock()
     judge = Judge()
-
-    def slow(images: Tensor, heatmaps: bool) -> Columns:
-        clock.now += 2.0
-        return judge(images, heatmaps)
-
+    slow = slowed(judge, clock, 2.0)
     batcher = made(slow, max_batch=2, queue_size=6, clock=clock)
     put(batcher, 1).result()
     judge.gate.clear()
@@ -214,11 +136,7 @@ def test_who_waits_gives_up_at_the_deadline_and_frees_the_place() -> None:
 def test_a_deadline_nearer_than_the_queue_is_long_is_refused_but_an_idle_model_takes_it() -> None:
     clock = Clock()
     judge = Judge()
-
-    def slow(images: Tensor, heatmaps: bool) -> Columns:
-        clock.now += 2.0
-        return judge(images, heatmaps)
-
+    slow = slowed(judge, clock, 2.0)
     batcher = made(slow, clock=clock)
     put(batcher, 1).result()
     assert judge.entered.acquire(timeout=SOON)
