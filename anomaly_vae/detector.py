@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,9 +20,8 @@ from anomaly_vae.bundle import MANIFEST, Bundle, read_bundle, write_bundle
 from anomaly_vae.calibration import Calibration, Mode
 from anomaly_vae.errors import BundleError, ConfigError
 from anomaly_vae.images import ImageSpec, decode
-from anomaly_vae.member import Member, References, normalise
+from anomaly_vae.member import Batch, Member, References
 from anomaly_vae.recipe import DetectorSpec
-from anomaly_vae.scores import Observation
 from anomaly_vae.spec import Spec
 
 Floats = npt.NDArray[np.float64]
@@ -129,16 +129,43 @@ class Detector:
         """A picture's bytes as the uint8 (C, H, W) that `judge` takes; raises `BadImage`. Safe in many threads."""
         return decode(data, self.image)
 
-    def judge(self, images: Tensor, heat: bool = False) -> Judgement:
-        """Judge uint8 images (B, C, H, W): normalise, model, scores, fusion, p-value, verdict."""
-        with torch.inference_mode():
-            return self._judge(images, heat)
+    def judge(self, images: Tensor, heat: bool = False, classes: Sequence[str] | None = None) -> Judgement:
+        """Judge uint8 images (B, C, H, W): normalise, model, scores, fusion, p-value, verdict.
 
-    def _judge(self, images: Tensor, heat: bool) -> Judgement:
-        x = normalise(images, self.device)
+        `classes`: for a conditional detector calibrated with given classes, that of every image; else None.
+        """
+        with torch.inference_mode():
+            return self._judge(Batch(images, self.numbers_of(classes)), heat)
+
+    @property
+    def wants_classes(self) -> bool:
+        """Whether `judge` must be told the class of every image."""
+        condition = self.spec.model.condition
+        return condition is not None and condition.scoring == "given"
+
+    def numbers_of(self, classes: Sequence[str] | None) -> Tensor | None:
+        """Class names as the model's numbers; raises `ConfigError` where none, or unknown ones, are given."""
+        if not self.wants_classes:
+            if classes is not None:
+                raise ConfigError("this detector was calibrated without given classes; judge pictures without them")
+            return None
+        condition = self.spec.model.condition
+        assert condition is not None
+        known = ", ".join(condition.classes)
+        if classes is None:
+            raise ConfigError(
+                f"this detector must be told the class of every picture ({known}); where nobody knows it, train with "
+                "-o model.condition.scoring=marginalised"
+            )
+        unknown = next((name for name in classes if name not in condition.classes), None)
+        if unknown is not None:
+            raise ConfigError(f"the class {unknown!r} is not among those it was trained on: {known}; give one of them")
+        return torch.tensor([condition.classes.index(name) for name in classes])
+
+    def _judge(self, batch: Batch, heat: bool) -> Judgement:
         columns, verdicts, heats = [], [], []
         for member in self.members:
-            seen = Observation(member.model, x)
+            seen = batch.seen_by(member.model)
             parts, verdict = member.judge(self.spec, seen)
             columns.append(parts)
             verdicts.append(verdict)
@@ -157,11 +184,11 @@ class Detector:
         )
 
     def save(
-        self, path: Path, probes: Tensor | None = None, metrics: dict[str, Any] | None = None, replace: bool = False
+        self, path: Path, probes: Batch | None = None, metrics: dict[str, Any] | None = None, replace: bool = False
     ) -> "Detector":
         """Write the bundle `path` and return this detector with its version.
 
-        `probes`: uint8 images kept beside their scores, by which `load` checks the device it loads on.
+        `probes`: images kept beside their scores, by which `load` checks the device it loads on.
         """
         bundle = Bundle(self._description(), self._files(probes), metrics or {})
         write_bundle(path, bundle, replace)
@@ -207,7 +234,7 @@ class Detector:
         )
         return dict(description.model_dump(mode="json"))
 
-    def _files(self, probes: Tensor | None) -> dict[str, bytes]:
+    def _files(self, probes: Batch | None) -> dict[str, bytes]:
         weights: dict[str, Tensor] = {}
         numbers: dict[str, npt.NDArray[Any]] = {"seen": self.seen}
         for i, member in enumerate(self.members):
@@ -219,16 +246,22 @@ class Detector:
             "weights.safetensors": safetensors.torch.save(weights),
             "reference.safetensors": safetensors.numpy.save(numbers),
         }
-        if probes is not None and len(probes):
-            scores = self._probe_scores(probes)
-            files["probes.safetensors"] = safetensors.numpy.save({"images": probes.numpy(), "scores": scores})
+        if probes is not None and len(probes.images):
+            kept = {"images": probes.images.numpy(), "scores": self._probe_scores(probes)}
+            kept |= {} if probes.label is None else {"label": probes.label.numpy()}
+            files["probes.safetensors"] = safetensors.numpy.save(kept)
         return files
 
-    def _probe_scores(self, probes: Tensor) -> Floats:
-        return np.array([score for batch in torch.split(probes, 32) for score in self.judge(batch).score])
+    def _probe_scores(self, probes: Batch) -> Floats:
+        pieces = torch.split(probes.images, 32)
+        labels = torch.split(probes.label, 32) if probes.label is not None else repeat(None)
+        with torch.inference_mode():
+            judged = [self._judge(Batch(*batch), False) for batch in zip(pieces, labels, strict=False)]
+        return np.array([score for one in judged for score in one.score])
 
     def _check_probes(self, probes: dict[str, npt.NDArray[Any]], path: Path) -> None:
-        again = self._probe_scores(torch.from_numpy(probes["images"]))
+        label = torch.from_numpy(probes["label"]) if "label" in probes else None
+        again = self._probe_scores(Batch(torch.from_numpy(probes["images"]), label))
         low, high = np.quantile(np.concatenate(self.calibration.scores), [0.25, 0.75])
         moved = float(np.abs(again - probes["scores"]).max()) / max(float(high - low), 1e-12)
         if not moved <= PROBE_TOLERANCE:

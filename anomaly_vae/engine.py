@@ -1,6 +1,6 @@
 """`Engine`: a detector on a device, made fast and warm; serves scan and service alike."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -37,19 +37,25 @@ class Engine:
         """A picture's bytes as uint8 (C, H, W); raises `BadImage`."""
         return self.detector.prepare(data)
 
-    def judge(self, images: Tensor, heat: bool = False) -> Judgement:
-        """Judge uint8 images (B, C, H, W), however many."""
+    def judge(self, images: Tensor, heat: bool = False, classes: Sequence[str] | None = None) -> Judgement:
+        """Judge uint8 images (B, C, H, W), however many; `classes` as for `Detector.judge`."""
         if not len(images):
             raise ConfigError("there is no image to judge; give a batch of at least one")
-        pieces = [self._judge_padded(piece, heat) for piece in torch.split(images, self.max_batch)]
+        if classes is not None and len(classes) != len(images):
+            raise ConfigError(f"{len(images)} images but {len(classes)} classes; give one for each")
+        pieces = []
+        for start in range(0, len(images), self.max_batch):
+            part = slice(start, start + self.max_batch)
+            pieces.append(self._judge_padded(images[part], heat, None if classes is None else classes[part]))
         return pieces[0] if len(pieces) == 1 else _joined(pieces)
 
-    def _judge_padded(self, images: Tensor, heat: bool) -> Judgement:
+    def _judge_padded(self, images: Tensor, heat: bool, classes: Sequence[str] | None) -> Judgement:
         count = len(images)
         size = count if self.device.type == "cpu" else next(size for size in self._buckets() if size >= count)
         if size > count:
             images = torch.cat([images, images[-1:].expand(size - count, *images.shape[1:])])
-        return _first(self.detector.judge(images, heat), count)
+            classes = None if classes is None else [*classes, *[classes[-1]] * (size - count)]
+        return _first(self.detector.judge(images, heat, classes), count)
 
     def _buckets(self) -> Iterator[int]:
         size = 1

@@ -190,7 +190,8 @@ def _judge(engine: Engine, pictures: Pictures, test: Indices, maps: list[tuple[H
     """Judge the test pictures; heat maps of those whose pixels are known go into `maps`, in half precision."""
     localise = any(item.mask is not None for item in pictures.items)
     for indices, images in pictures.batches(engine.max_batch, test):
-        judged = engine.judge(images, localise)
+        classes = [pictures.items[i].label for i in indices] if engine.detector.wants_classes else None
+        judged = engine.judge(images, localise, classes)
         if judged.heat is not None:
             # A normal picture's mask is empty; an abnormal one without a mask says nothing about its pixels.
             known = [(i, pictures.mask(int(index))) for i, index in enumerate(indices)]

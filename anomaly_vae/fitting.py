@@ -6,11 +6,12 @@ was killed goes on from its last checkpoint and ends with the weights it would h
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,32 +20,33 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from anomaly_vae.checkpoints import Checkpoint
-from anomaly_vae.data import Pictures
 from anomaly_vae.errors import TrainingError
 from anomaly_vae.member import normalise
-from anomaly_vae.model import AutoEncoder, Loss
+from anomaly_vae.objectives import Loss, Objective
 from anomaly_vae.recipe import TrainingSpec
 from anomaly_vae.seeds import generator_of, seed_of
 
 Indices = npt.NDArray[np.int64]
 
-ACTIVE_NATS = 0.01
-"""A latent dimension is active when its mean KL on held-out normals exceeds this (Burda et al. 2016 use a variance)."""
 _HELD_OUT_ROWS = 40
 """About how often the held-out loss is measured; a tiny set has thousands of epochs."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training stands after an epoch; losses in nats per image, `held_out` as last measured."""
+    """Where training stands after an epoch; losses in nats per image, `held_out` as last measured.
+
+    `latent`: the cost of the code, called `cost_name`; NaN where a course does not compute it.
+    """
 
     epoch: int
     epochs: int
     loss: float
     reconstruction: float
-    kl: float
+    latent: float
     held_out: float
     images_per_second: float
+    cost_name: str = "KL"
 
 
 @dataclass(frozen=True)
@@ -61,24 +63,38 @@ class Fitted:
 Report = Callable[[Progress], None]
 
 
+class Source(Protocol):
+    """Where batches come from; `data.Pictures` is one."""
+
+    def batches(
+        self, batch_size: int, order: npt.ArrayLike | None = None, drop_last: bool = False
+    ) -> Iterator[tuple[Indices, Tensor]]:
+        """(indices, images (n, C, H, W): uint8, or floats taken as they are) in exactly the given order."""
+
+
 class Fitting:
-    """One model on its way: what stays the same from epoch to epoch. `share`: of the budget of steps that it gets."""
+    """One model on its way: what stays the same from epoch to epoch. `share`: of the budget of steps that it gets.
+
+    `labels`: for a conditional model the class of each picture of the source, int64.
+    """
 
     def __init__(
         self,
         fabric: Fabric,
-        model: AutoEncoder,
+        objective: Objective,
         spec: TrainingSpec,
-        pictures: Pictures,
+        pictures: Source,
         train: Indices,
         held: Indices,
         seed: int,
         share: float = 1.0,
+        labels: Indices | None = None,
     ) -> None:
         if len(train) < 2:
             raise TrainingError(f"{len(train)} picture(s) to train on are too few; add normal pictures")
-        self.fabric, self.model, self.spec = fabric, model, spec
+        self.fabric, self.objective, self.model, self.spec = fabric, objective, objective.model, spec
         self.pictures, self.train, self.held, self.seed = pictures, train, held, seed
+        self.labels = None if labels is None else torch.from_numpy(labels)
         self.batch = min(spec.batch_size, len(train))
         self.batch -= self.batch % fabric.world_size
         if not self.batch:
@@ -92,10 +108,12 @@ class Fitting:
             self.steps_an_epoch = min(self.steps_an_epoch, max(1, spec.steps // 10))
         self.epochs = spec.epochs or max(1, math.ceil(spec.steps * share / self.steps_an_epoch))
         self.steps = self.epochs * self.steps_an_epoch
-        self.has_dropout = any(isinstance(module, nn.modules.dropout._DropoutNd) for module in model.modules())
-        model.lay_channels_last()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=spec.learning_rate, weight_decay=spec.weight_decay)
-        self.wrapped, self.optimizer = fabric.setup(model, optimizer)
+        self.has_dropout = any(isinstance(module, nn.modules.dropout._DropoutNd) for module in objective.modules())
+        self.model.lay_channels_last()
+        optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=spec.learning_rate, betas=spec.betas, weight_decay=spec.weight_decay
+        )
+        self.wrapped, self.optimizer = fabric.setup(objective, optimizer)
 
     def run(self, checkpoint: Path | None, report: Report) -> Fitted:
         """Train to the end, from `checkpoint` if it exists; the model is left with the chosen weights, in eval mode."""
@@ -107,7 +125,8 @@ class Fitting:
             seconds = time.monotonic() - started
             self._measure(state, epoch, losses)
             rate = self.steps_an_epoch * self.batch / max(seconds, 1e-9)
-            report(Progress(epoch + 1, self.epochs, *losses, state.history[-1]["held_out"], rate))
+            held_out, cost_name = state.history[-1]["held_out"], self.model.law.cost_name
+            report(Progress(epoch + 1, self.epochs, *losses, held_out, rate, cost_name))
             due = time.monotonic() - saved >= self.spec.checkpoint_seconds or epoch + 1 == self.epochs
             if checkpoint is not None and due and self.fabric.is_global_zero:
                 state.write(checkpoint)
@@ -138,39 +157,81 @@ class Fitting:
         return state
 
     def _epoch(self, epoch: int) -> tuple[float, float, float]:
-        """Train one epoch; mean (total, reconstruction, kl) in nats per image."""
+        """Train one epoch; mean (total, reconstruction, latent cost) in nats per image."""
+        order = self._order(epoch)
         self.wrapped.train()
-        order = torch.randperm(len(self.train), generator=generator_of(self.seed, "order", epoch)).numpy()
         sums = torch.zeros(3, dtype=torch.float64)
         pending: list[Loss] = []
         chosen = self.train[order[: self.steps_an_epoch * self.batch]]
         batches = self.pictures.batches(self.batch, chosen, drop_last=True)
-        for i, (_, images) in enumerate(batches):
-            pending.append(self._step(epoch * self.steps_an_epoch + i, images))
+        for i, (indices, images) in enumerate(batches):
+            pending.append(self._step(epoch * self.steps_an_epoch + i, indices, images))
         for loss in pending:
             sums += torch.stack(list(loss)).double().cpu()
-        total, reconstruction, kl = (sums / max(len(pending), 1)).tolist()
+        total, reconstruction, latent = (sums / max(len(pending), 1)).tolist()
         if not math.isfinite(total):
             raise TrainingError(
                 f"the loss is no longer a number in epoch {epoch + 1}; lower it: -o training.learning_rate="
                 f"{self.spec.learning_rate / 4:g}"
             )
-        return total * math.prod(self.model.shape), reconstruction, kl
+        return total * math.prod(self.model.shape), reconstruction, latent
 
-    def _step(self, step: int, images: Tensor) -> Loss:
+    def _order(self, epoch: int) -> Indices:
+        """Positions in `train`: each once by chance, or drawn so that rare pictures come more often."""
+        generator = generator_of(self.seed, "order", epoch)
+        if self.spec.rarity is None:
+            return torch.randperm(len(self.train), generator=generator).numpy()
+        self.wrapped.eval()
+        weights = rarity_weights(self._codes(self.train)[0], self.spec.rarity.bins, self.spec.rarity.smoothing)
+        return torch.multinomial(weights, len(self.train), replacement=True, generator=generator).numpy()
+
+    def _step(self, step: int, indices: Indices, images: Tensor) -> Loss:
         self._set_learning_rate(step)
-        # Noise is drawn for the whole batch and cut by rank, so that it does not depend on how many ranks there are.
-        noise = torch.randn(len(images), self.model.spec.latent.size, generator=generator_of(self.seed, "z", step))
         mine = slice(self.fabric.global_rank, None, self.fabric.world_size)
-        x = normalise(images[mine], self.fabric.device)
+        x, label = normalise(images[mine], self.fabric.device), self._label(indices[mine])
+        progress, extra = step / self.steps, 0
+        if progress < self.objective.spec.encoder_share:
+            extra = self.objective.spec.encoder_steps
+        for i in range(extra):
+            self._move(step, f" {i}", x, label, progress, [self.model.encoder])
+        return self._move(step, "", x, label, progress, self.objective.learners(progress))
+
+    def _move(
+        self,
+        step: int,
+        name: str,
+        x: Tensor,
+        label: Tensor | None,
+        progress: float,
+        learners: Sequence[nn.Module] | None,
+    ) -> Loss:
+        """One step of the optimiser, for the `learners` alone where they are given."""
+        count = len(x) * self.fabric.world_size
+        # Noise is drawn for the whole batch and cut by rank, so that it does not depend on how many ranks there are.
+        noise = torch.randn(count, self.model.law.size, generator=generator_of(self.seed, f"z{name}", step))
+        noise = noise[self.fabric.global_rank :: self.fabric.world_size].to(x.device)
+        chance = seed_of(self.seed, f"chance{name} {self.fabric.global_rank}", step)
         self.optimizer.zero_grad()
         with self._seeded(step):
-            loss: Loss = self.wrapped(x, noise[mine].to(x.device), self.model.spec.latent.beta_at(step / self.steps))
+            loss: Loss = self.wrapped(x, noise, progress, chance, label)
         self.fabric.backward(loss.total)
+        if learners is not None:
+            self._keep_still(learners)
         if self.spec.clip_norm is not None:
             self.fabric.clip_gradients(self.wrapped, self.optimizer, max_norm=self.spec.clip_norm)
         self.optimizer.step()
-        return Loss(loss.total.detach(), loss.reconstruction, loss.kl)
+        return Loss(loss.total.detach(), loss.reconstruction, loss.latent)
+
+    def _keep_still(self, learners: Sequence[nn.Module]) -> None:
+        """Without a gradient the optimiser leaves a weight alone, decay included."""
+        moving = {id(weight) for module in learners for weight in module.parameters()}
+        for weight in self.model.parameters():
+            if id(weight) not in moving:
+                weight.grad = None
+
+    def _label(self, indices: Indices) -> Tensor | None:
+        """Classes of these pictures on the device."""
+        return None if self.labels is None else self.labels[torch.from_numpy(indices)].to(self.fabric.device)
 
     def _seeded(self, step: int) -> AbstractContextManager[None]:
         """PyTorch's dropout draws from the global generator alone; seed that for the step and give it back."""
@@ -197,33 +258,51 @@ class Fitting:
         known = state.history[-1]["held_out"] if state.history else float("nan")
         held = self.fabric.broadcast(self._held_out()) if due else known
         state.epoch, state.weights, state.optimizer = epoch + 1, self.model.state_dict(), self.optimizer.state_dict()
-        row = zip(("epoch", "loss", "reconstruction", "kl", "held_out"), (epoch + 1, *losses, held), strict=True)
+        row = zip(("epoch", "loss", "reconstruction", "latent", "held_out"), (epoch + 1, *losses, held), strict=True)
         state.history.append(dict(row))
         if due and (last if self.spec.select == "last" else held < state.best_loss):
             state.best, state.best_loss, state.best_epoch = deepcopy(state.weights), held, epoch + 1
 
     def _held_out(self) -> float:
-        """The loss on held-out normals in nats per image, with full beta and always the same noise."""
-        self.model.eval()
+        """The loss on held-out normals in nats per image, at its full weights and always with the same noise."""
+        self.wrapped.eval()
         total = 0.0
-        with torch.inference_mode():
-            for images in self._held_batches():
-                noise = torch.randn(1, self.model.spec.latent.size, generator=generator_of(self.seed, "held out", 0))
+        noise = torch.randn(1, self.model.law.size, generator=generator_of(self.seed, "held out", 0))
+        with torch.no_grad():
+            for indices, images in self._batches_of(self.held):
                 x = normalise(images, self.fabric.device)
-                loss = self.model(x, noise.to(x.device), self.model.spec.latent.beta)
+                loss = self.objective(x, noise.to(x).expand(len(x), -1), 1.0, 0, self._label(indices))
                 total += float(loss.total) * math.prod(self.model.shape) * len(images)
         return total / len(self.held)
 
     def _active_units(self) -> int:
-        with torch.inference_mode():
-            total = torch.zeros(self.model.spec.latent.size, device=self.fabric.device)
-            for images in self._held_batches():
-                total += self.model.encode(normalise(images, self.fabric.device)).kl().sum(0)
-        return int((total / len(self.held) > ACTIVE_NATS).sum())
+        """How many latents tell the held-out normals apart."""
+        return int(self.model.law.active(*self._codes(self.held)).sum())
 
-    def _held_batches(self) -> Iterator[Tensor]:
-        for _, images in self.pictures.batches(max(self.batch, 64), self.held):
-            yield images
+    def _codes(self, chosen: Indices) -> tuple[Tensor, Tensor | None]:
+        """Codes (n, D) and, where it falls apart into latents, their KL (n, D), on the CPU."""
+        mu, kl = [], []
+        with torch.inference_mode():
+            for indices, images in self._batches_of(chosen):
+                label = self._label(indices)
+                posterior = self.model.encode(normalise(images, self.fabric.device), label).float()
+                mu.append(posterior.mu.cpu())
+                kl += [self.model.law.kl(posterior, posterior.mu).cpu()] if self.model.law.has_kl else []
+        return torch.cat(mu), torch.cat(kl) if kl else None
+
+    def _batches_of(self, chosen: Indices) -> Iterator[tuple[Indices, Tensor]]:
+        yield from self.pictures.batches(max(self.batch, 64), chosen)
+
+
+def rarity_weights(codes: Tensor, bins: int, smoothing: float) -> Tensor:
+    """Weights (n,), summing to 1, inverse to the density of codes (n, D) in histograms of each latent (Amini 2019)."""
+    low, high = codes.min(0).values, codes.max(0).values
+    place = ((codes - low) / (high - low).clamp_min(1e-12) * bins).long().clamp(0, bins - 1)
+    log_weight = torch.zeros(len(codes), dtype=torch.float64)
+    for column in place.unbind(1):
+        share = torch.bincount(column, minlength=bins).double() / len(codes)
+        log_weight -= (share[column] + smoothing).log()
+    return log_weight.softmax(0)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -10,13 +11,27 @@ from torch import Tensor
 
 from anomaly_vae.fusion import fit_scale, standardise
 from anomaly_vae.model import AutoEncoder
+from anomaly_vae.observations import Seen, observe, wide
 from anomaly_vae.recipe import FUSED, DetectorSpec
-from anomaly_vae.scores import Observation, wide
+from anomaly_vae.scores import measure
 
 Floats = npt.NDArray[np.float64]
 OfScores = dict[str, dict[str, Tensor]]
-Batches = Callable[[], Iterator[Tensor]]
-"""Batches of uint8 images (B, C, H, W), as often as they are asked for."""
+
+
+class Batch(NamedTuple):
+    """uint8 images (B, C, H, W), and their classes (B,) for detectors that want them given."""
+
+    images: Tensor
+    label: Tensor | None = None
+
+    def seen_by(self, model: AutoEncoder) -> Seen:
+        """What the model makes of them."""
+        return observe(model, normalise(self.images, model.device), on(model.device, self.label))
+
+
+Batches = Callable[[], Iterator[Batch]]
+"""Batches as often as they are asked for."""
 
 _HEAT_QUANTILE = 0.995
 """Share of the normals' pixels whose heat is at most 1."""
@@ -61,7 +76,7 @@ class Member:
         scales = {kind: fit_scale(_natural(spec, kind, columns[:, i])) for i, kind in enumerate(spec.parts)}
         return cls(model, References(of_scores, scales, max(float(np.quantile(heat, _HEAT_QUANTILE)), 1e-12)))
 
-    def judge(self, spec: DetectorSpec, seen: Observation) -> tuple[Floats, Floats]:
+    def judge(self, spec: DetectorSpec, seen: Seen) -> tuple[Floats, Floats]:
         """Columns of all scores, (B, parts), and the score the verdict goes by, (B,)."""
         columns = _columns(spec, seen, self.references.of_scores)
         if spec.verdict != FUSED:
@@ -82,17 +97,23 @@ class Member:
 
 
 def normalise(images: Tensor, device: torch.device) -> Tensor:
-    """uint8 (B, C, H, W) to floats in [0, 1] on `device`, channels last; the bytes travel, the floats do not."""
+    """uint8 (B, C, H, W) to floats in [0, 1] on `device`, channels last; the bytes travel, the floats do not.
+
+    Floats are taken for normalised already.
+    """
     x = images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
-    return x.float() / 255
+    return x if x.is_floating_point() else x.float() / 255
 
 
-def member_scores(spec: DetectorSpec, member: Member, batches: Iterator[Tensor]) -> Floats:
-    """The verdict's scores of all images in `batches` (uint8) by one member; shape (n,)."""
+def on(device: torch.device, label: Tensor | None) -> Tensor | None:
+    """Classes on `device`, where there are any."""
+    return None if label is None else label.to(device)
+
+
+def member_scores(spec: DetectorSpec, member: Member, batches: Iterator[Batch]) -> Floats:
+    """The verdict's scores of all images in `batches` by one member; shape (n,)."""
     with torch.inference_mode():
-        scores = [
-            member.judge(spec, Observation(member.model, normalise(batch, member.model.device)))[1] for batch in batches
-        ]
+        scores = [member.judge(spec, batch.seen_by(member.model))[1] for batch in batches]
     return np.concatenate(scores) if scores else np.zeros(0)
 
 
@@ -100,7 +121,7 @@ def _statistics(spec: DetectorSpec, model: AutoEncoder, batches: Batches) -> dic
     """For each score that fits anything, what it wants to see of all fit images, one row an image."""
     found: dict[str, list[Floats]] = {}
     for batch in batches():
-        seen = Observation(model, normalise(batch, model.device))
+        seen = batch.seen_by(model)
         for score in spec.scores:
             statistic = score.statistic(seen)
             if statistic is not None:
@@ -128,19 +149,19 @@ def _crosswise(
     """All scores of all fit images, each by the references that left its fold out; and a sample of their heat."""
     rows, heats, before = [], [], 0
     for batch in batches():
-        seen = Observation(model, normalise(batch, model.device))
+        seen = batch.seen_by(model)
         by_fold = np.stack([_columns(spec, seen, references) for references in crossed or [{}]])
-        position = np.arange(before, before + len(batch))
-        rows.append(by_fold[position % len(by_fold), np.arange(len(batch))])
+        position = np.arange(before, before + len(batch.images))
+        rows.append(by_fold[position % len(by_fold), np.arange(len(batch.images))])
         heat = seen.heat(spec.heat_blur).flatten(1)
         # A stride that shares no factor with the width wanders over rows and columns alike.
         heats.append(heat[:, :: max(1, heat.shape[1] // _HEAT_PIXELS) | 1].flatten().cpu().numpy())
-        before += len(batch)
+        before += len(batch.images)
     return np.concatenate(rows), np.concatenate(heats)
 
 
-def _columns(spec: DetectorSpec, seen: Observation, of_scores: OfScores) -> Floats:
-    columns = [wide(score(seen, of_scores.get(score.kind, {}))) for score in spec.scores]
+def _columns(spec: DetectorSpec, seen: Seen, of_scores: OfScores) -> Floats:
+    columns = [wide(measure(score, seen, of_scores.get(score.kind, {}))) for score in spec.scores]
     return np.asarray(torch.stack(columns, 1).cpu().numpy(), np.float64)
 
 

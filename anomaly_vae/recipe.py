@@ -1,6 +1,7 @@
 """`DetectorSpec`: all that makes a detector, from the folder's layout to the verdict; stored whole in a bundle."""
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -9,6 +10,7 @@ from anomaly_vae.data import DataSpec
 from anomaly_vae.fusion import FusionSpec
 from anomaly_vae.images import ImageSpec
 from anomaly_vae.model import ModelSpec
+from anomaly_vae.objectives import ObjectiveSpec
 from anomaly_vae.scores import (
     KullbackLeibler,
     LocalMaximum,
@@ -24,6 +26,17 @@ from anomaly_vae.spec import Spec
 FUSED = "fused"
 
 
+class RaritySpec(Spec):
+    """Train more often on pictures whose codes are rare among the training pictures (Amini et al. 2019, eq. 2).
+
+    The density of a code is the product over latents of histograms with `bins` bins; `smoothing` is added to each, and
+    the larger it is, the nearer the draw comes to a uniform one.
+    """
+
+    bins: int = Field(10, ge=2, le=1000)
+    smoothing: float = Field(0.01, gt=0)
+
+
 class TrainingSpec(Spec):
     """How the weights are found.
 
@@ -31,7 +44,8 @@ class TrainingSpec(Spec):
     unless `epochs` is given. `select`:
     `best` keeps the epoch with the lowest loss on the *fit* split and stops when there was none better for the share
     `patience` of the budget (null: never); `last` keeps the last. `precision` `auto` is bfloat16
-    mixed precision on GPUs that have it and float32 elsewhere.
+    mixed precision on GPUs that have it and float32 elsewhere. `betas` are AdamW's; games with critics want
+    [0.5, 0.999].
     """
 
     steps: int = Field(1500, ge=1)
@@ -41,7 +55,9 @@ class TrainingSpec(Spec):
     weight_decay: float = Field(1e-4, ge=0)
     warmup: float = Field(0.05, ge=0, lt=1)
     schedule: Literal["cosine", "constant"] = "cosine"
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     clip_norm: float | None = Field(10.0, gt=0)
+    rarity: RaritySpec | None = None
     select: Literal["best", "last"] = "best"
     patience: float | None = Field(0.25, gt=0, le=1)
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
@@ -73,8 +89,9 @@ class SplitSpec(Spec):
         return self
 
 
-def _default_scores() -> tuple[ScoreSpec, ...]:
-    return (
+def _default_scores(validated: dict[str, Any]) -> tuple[ScoreSpec, ...]:
+    """Those of the usual ones that mean something for the model."""
+    usual: tuple[ScoreSpec, ...] = (
         NegativeElbo(),
         Reconstruction(),
         KullbackLeibler(),
@@ -83,18 +100,22 @@ def _default_scores() -> tuple[ScoreSpec, ...]:
         LocalMaximum(),
         Mahalanobis(),
     )
+    model = validated.get("model", ModelSpec())
+    return tuple(score for score in usual if score.refusal(model) is None)
 
 
 class DetectorSpec(Spec):
     """A detector before it is trained. `image: null` chooses size and channels from the pictures.
 
-    `verdict` names the score that is calibrated: one of `scores`, or `fused`. `probes`: how many training pictures the
-    bundle keeps to check itself on another machine (0: none).
+    `model` is what scores, `objective` what its training minimises. `scores`: null for the usual ones that suit the
+    model. `verdict` names the score that is calibrated: one of `scores`, or `fused`. `probes`: how many training
+    pictures the bundle keeps to check itself on another machine (0: none).
     """
 
     preset: str = "custom"
     image: ImageSpec | None = None
     model: ModelSpec = Field(default_factory=ModelSpec)
+    objective: ObjectiveSpec = Field(default_factory=ObjectiveSpec)
     scores: tuple[ScoreSpec, ...] = Field(default_factory=_default_scores, min_length=1)
     fusion: FusionSpec = Field(default_factory=FusionSpec)
     verdict: str = FUSED
@@ -106,6 +127,18 @@ class DetectorSpec(Spec):
     probes: int = Field(32, ge=0, le=1024)
     seed: int = Field(0, ge=0)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_scores(cls, data: Any) -> Any:
+        """`scores: null` in YAML is the same as not saying it."""
+        if isinstance(data, Mapping) and data.get("scores", ()) is None:
+            return {key: value for key, value in data.items() if key != "scores"}
+        return data
+
+    def derived(self) -> set[str]:
+        """Scores that nobody chose follow the model."""
+        return set() if "scores" in self.model_fields_set else {"scores"}
+
     @model_validator(mode="after")
     def _names_agree(self) -> Self:
         kinds = [score.kind for score in self.scores]
@@ -116,6 +149,26 @@ class DetectorSpec(Spec):
         missing = [part for part in self.fusion.parts if part not in kinds]
         if self.verdict == FUSED and missing:
             raise ValueError(f"fusion.parts names {', '.join(missing)}, which scores does not compute; add it there")
+        return self
+
+    @model_validator(mode="after")
+    def _scores_suit_model(self) -> Self:
+        for score in self.scores:
+            reason = score.refusal(self.model)
+            if reason is not None:
+                raise ValueError(f"scores: {score.kind} cannot be had of this model: {reason}; remove it from scores")
+        return self
+
+    @model_validator(mode="after")
+    def _objective_suits_model(self) -> Self:
+        problem = self.objective.problem(self.model)
+        if problem is not None:
+            raise ValueError(problem)
+        if self.training.select == "best" and not self.objective.comparable(self.model):
+            raise ValueError(
+                "the losses of epochs cannot be compared where a critic or a course changes what they mean; "
+                "set training.select to last"
+            )
         return self
 
     @model_validator(mode="after")

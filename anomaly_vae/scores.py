@@ -1,14 +1,12 @@
 """Per-image scores and per-pixel maps of a trained model. Higher is more anomalous, without exception.
 
-A score is a frozen spec that does the work. Sums over pixels run in float64, so that a score is the same number, to
-about 1e-7 of itself, whatever batch the image came in. What a score must know about normals (`fit`) is measured on the
-*fit* split and frozen.
+A score is a frozen spec that does the work. What it must know about normals (`fit`) is measured on the *fit* split and
+frozen.
 """
 
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -17,89 +15,30 @@ import torch
 from pydantic import Field
 from sklearn.covariance import LedoitWolf
 from torch import Tensor
-from torch.nn import functional as F
 
-from anomaly_vae.latents import Posterior
-from anomaly_vae.model import AutoEncoder
+from anomaly_vae.model import ModelSpec
+from anomaly_vae.observations import Observation, Seen, gaussian_blur, wide
 from anomaly_vae.spec import Spec
 
 Array = npt.NDArray[np.float64]
 References = Mapping[str, Tensor]
 
 
-def wide(values: Tensor) -> Tensor:
-    """In float64 where the device has it (Apple's GPUs have not)."""
-    return values.float() if values.device.type == "mps" else values.double()
-
-
-class Observation:
-    """What one model makes of a batch of images; computed once, however many scores look at it.
-
-    `x` is (B, C, H, W) in [0, 1]. The reconstruction is that of the posterior mean, so it involves no chance.
-    """
-
-    def __init__(self, model: AutoEncoder, x: Tensor) -> None:
-        self.model, self.x = model, x
-        self._draws: dict[tuple[int, int], list[Tensor]] = {}
-
-    @cached_property
-    def posterior(self) -> Posterior:
-        """q(z given x)."""
-        posterior = self.model.encode(self.x)
-        return Posterior(posterior.mu.float(), posterior.logvar.float())
-
-    @cached_property
-    def output(self) -> Tensor:
-        """The likelihood's raw parameters at the posterior mean."""
-        return self.model.decode(self.posterior.mu).float()
-
-    @cached_property
-    def reconstruction(self) -> Tensor:
-        """E[x given z = posterior mean], shape (B, C, H, W)."""
-        return self.model.likelihood.mean(self.output)
-
-    @cached_property
-    def squared_error(self) -> Tensor:
-        """(x - reconstruction)^2 averaged over channels, shape (B, H, W)."""
-        return ((self.x - self.reconstruction) ** 2).mean(1)
-
-    def draws(self, samples: int, seed: int) -> list[Tensor]:
-        """`samples` decoder outputs at z ~ q(z given x): the same noise for every image, in pairs of both signs.
-
-        One fixed noise for all images is what makes a sampled score independent of batch mates; antithetic pairs
-        cancel the odd part of its error.
-        """
-        if (samples, seed) not in self._draws:
-            generator = torch.Generator().manual_seed(seed)
-            half = torch.randn((samples + 1) // 2, self.posterior.mu.shape[1], generator=generator)
-            noise = torch.stack([half, -half], 1).flatten(0, 1)[:samples].to(self.x.device)
-            self._draws[samples, seed] = [self.model.decode(self.posterior.at(row)).float() for row in noise]
-        return self._draws[samples, seed]
-
-    def expected_log_likelihood(self, samples: int, seed: int) -> Tensor:
-        """E_q log p(x given z) in nats, shape (B,): log-densities summed over pixels and channels."""
-        log_probs = [self.model.likelihood.log_prob(output, self.x) for output in self.draws(samples, seed)]
-        return torch.stack([wide(log_prob).flatten(1).sum(1) for log_prob in log_probs]).mean(0)
-
-    def heat(self, blur: float) -> Tensor:
-        """The map shown to people: deviation in the likelihood's own scale, blurred; shape (B, H, W), >= 0.
-
-        `blur` is the standard deviation as a share of the shorter side: single pixels are noise, defects are larger.
-        """
-        deviation = self.model.likelihood.deviation(self.output, self.x).mean(1)
-        return gaussian_blur(deviation, blur * min(deviation.shape[1:]))
-
-
 class Score(Spec):
     """Base: `kind` names the column; `log_scale` says that its logarithm is the natural scale for fusing."""
 
     log_scale: ClassVar[bool] = True
+    is_log_likelihood: ClassVar[bool] = False
+
+    def refusal(self, model: ModelSpec) -> str | None:
+        """Why the score means nothing for such a model; None where it does."""
+        return None
 
     @abstractmethod
     def __call__(self, seen: Observation, references: References) -> Tensor:
         """The score of each image, shape (B,)."""
 
-    def statistic(self, seen: Observation) -> Tensor | None:
+    def statistic(self, seen: Seen) -> Tensor | None:
         """What `fit` wants to see of the fit split, one row an image; None where nothing is fitted."""
         return None
 
@@ -115,9 +54,13 @@ class NegativeElbo(Score):
     samples: int = Field(2, ge=1, le=256)
     seed: int = 0
     log_scale: ClassVar[bool] = False
+    is_log_likelihood: ClassVar[bool] = True
 
     def __call__(self, seen: Observation, references: References) -> Tensor:
-        return wide(seen.posterior.kl()).sum(1) - seen.expected_log_likelihood(self.samples, self.seed)
+        return seen.kl(self.samples, self.seed) - seen.expected_log_likelihood(self.samples, self.seed)
+
+    def refusal(self, model: ModelSpec) -> str | None:
+        return None if model.has_elbo else _no_elbo(model)
 
 
 class Reconstruction(Score):
@@ -127,6 +70,7 @@ class Reconstruction(Score):
     samples: int = Field(2, ge=1, le=256)
     seed: int = 0
     log_scale: ClassVar[bool] = False
+    is_log_likelihood: ClassVar[bool] = True
 
     def __call__(self, seen: Observation, references: References) -> Tensor:
         return -seen.expected_log_likelihood(self.samples, self.seed)
@@ -139,21 +83,31 @@ class ReconstructionProbability(Score):
     samples: int = Field(16, ge=1, le=1024)
     seed: int = 1
     log_scale: ClassVar[bool] = False
+    is_log_likelihood: ClassVar[bool] = True
 
     def __call__(self, seen: Observation, references: References) -> Tensor:
         return -seen.expected_log_likelihood(self.samples, self.seed)
 
 
 class KullbackLeibler(Score):
-    """KL(q(z|x) || N(0, I)) in nats, the other part of the ELBO. Cost: none beyond encoding.
+    """KL(q(z|x) || p(z)) in nats, the other part of the ELBO. Cost: none beyond encoding.
+
+    A mixture prior has no closed form: there it is the mean over `samples` draws.
 
     No detector by itself: what the encoder does not recognise may lie nearer to the prior than a normal picture does.
     """
 
     kind: Literal["kl"] = "kl"
+    samples: int = Field(2, ge=1, le=256)
+    seed: int = 0
+    # An estimate from draws may come out below 0.
+    log_scale: ClassVar[bool] = False
 
     def __call__(self, seen: Observation, references: References) -> Tensor:
-        return wide(seen.posterior.kl()).sum(1)
+        return seen.kl(self.samples, self.seed)
+
+    def refusal(self, model: ModelSpec) -> str | None:
+        return None if model.latent.has_kl else f"a {model.latent.kind} latent law has no KL"
 
 
 class SquaredError(Score):
@@ -199,17 +153,33 @@ class LocalMaximum(Score):
         return wide(error).flatten(1).amax(1)
 
 
+class GeneratorResidual(Score):
+    """Mean squared error + `weight` times that of the critic's features (f-AnoGAN, Schlegl et al. 2019, eq. 6).
+
+    Cost: 1 pass and two of the critic.
+    """
+
+    kind: Literal["generator_residual"] = "generator_residual"
+    weight: float = Field(1.0, ge=0)
+
+    def __call__(self, seen: Observation, references: References) -> Tensor:
+        return wide(seen.squared_error).flatten(1).mean(1) + self.weight * seen.feature_error
+
+    def refusal(self, model: ModelSpec) -> str | None:
+        return None if model.critic else "it compares a critic's features; set model.critic"
+
+
 class Mahalanobis(Score):
     """(mu - m)^T S^-1 (mu - m) of the posterior mean; m and S (Ledoit and Wolf 2004) from normals. Cost: encoding."""
 
     kind: Literal["mahalanobis"] = "mahalanobis"
 
     def __call__(self, seen: Observation, references: References) -> Tensor:
-        centred = wide(seen.posterior.mu) - wide(references["mean"])
+        centred = wide(seen.code) - wide(references["mean"])
         return ((centred @ wide(references["whitening"])) ** 2).sum(1)
 
-    def statistic(self, seen: Observation) -> Tensor:
-        return seen.posterior.mu
+    def statistic(self, seen: Seen) -> Tensor:
+        return seen.code
 
     def fit(self, statistics: Array) -> dict[str, npt.NDArray[np.float32]]:
         estimate = LedoitWolf().fit(statistics)
@@ -228,19 +198,27 @@ ScoreSpec = Annotated[
     | AbsoluteError
     | RelativeError
     | LocalMaximum
+    | GeneratorResidual
     | Mahalanobis,
     Field(discriminator="kind"),
 ]
 
 
-def gaussian_blur(maps: Tensor, sigma: float) -> Tensor:
-    """Blur maps (B, H, W) with a Gaussian of `sigma` pixels; borders mirror. Below 0.3 px the maps are left alone."""
-    radius = min(math.ceil(3 * sigma), min(maps.shape[1:]) - 1)
-    if sigma < 0.3 or radius < 1:
-        return maps
-    offsets = torch.arange(-radius, radius + 1, device=maps.device, dtype=maps.dtype)
-    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
-    kernel = kernel / kernel.sum()
-    padded = F.pad(maps[:, None], (radius, radius, radius, radius), mode="reflect")
-    rows = F.conv2d(padded, kernel.view(1, 1, 1, -1))
-    return F.conv2d(rows, kernel.view(1, 1, -1, 1))[:, 0]
+def _no_elbo(model: ModelSpec) -> str:
+    if not model.latent.has_kl:
+        return f"it is no bound, since a {model.latent.kind} latent law has no KL"
+    return "it is no bound, since with skips the decoder sees the picture other than through z"
+
+
+def measure(score: Score, seen: Seen, references: References) -> Tensor:
+    """The score of each image, shape (B,), the class marginalised where it is not known.
+
+    Log-likelihoods mix as such, -log mean exp(-score), which keeps the ELBO a bound; others by their mean under
+    p(class given x).
+    """
+    if isinstance(seen, Observation):
+        return score(seen, references)
+    of_classes = [score(one, references) for one in seen.of_classes]
+    if score.is_log_likelihood:
+        return math.log(len(of_classes)) - (-torch.stack(of_classes)).logsumexp(0)
+    return seen.mean(of_classes)

@@ -1,7 +1,7 @@
 """`Spec`: the frozen value every setting is, and the one way YAML and `key.sub=value` overrides become one."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,7 +22,7 @@ class Spec(BaseModel):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise ConfigError(f"{source}: {_first_problem(error)}") from None
+            raise ConfigError(f"{source}: {_first_problem(error, data)}") from None
 
     @classmethod
     def read(cls, path: Path, overrides: Sequence[str] = ()) -> Self:
@@ -33,8 +33,12 @@ class Spec(BaseModel):
         """A copy in which `key.sub=value` texts are applied, validated as a whole."""
         if not overrides:
             return self
-        data = override(self.model_dump(mode="json"), overrides)
+        data = override(self.model_dump(mode="json", exclude=self.derived()), overrides)
         return self._overridden(data, overrides, f"override {', '.join(overrides)}")
+
+    def derived(self) -> set[str]:
+        """Fields that were filled in from others, and are so anew when those change."""
+        return set()
 
     @classmethod
     def _overridden(cls, data: Mapping[str, Any], overrides: Sequence[str], source: str) -> Self:
@@ -42,7 +46,7 @@ class Spec(BaseModel):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            problem = _first_problem(error)
+            problem = _first_problem(error, data)
             guilty = next((text for text in overrides if problem.startswith(text.split("=")[0].strip())), None)
             raise ConfigError(f"{f'-o {guilty}' if guilty else source}: {problem}") from None
 
@@ -101,7 +105,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def override(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Apply `key.sub=value` texts to nested mappings; the value is YAML, so `true`, `3` and `[a, b]` work."""
+    """Apply `key.sub=value` texts to nested mappings; the value is YAML, so `true`, `3` and `[a, b]` work.
+
+    Another `kind` is another thing: the settings that belonged to the former one go.
+    """
     result: dict[str, Any] = dict(data)
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -113,16 +120,31 @@ def override(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any
             child = node.get(parent)
             node[parent] = dict(child) if isinstance(child, Mapping) else {}
             node = node[parent]
-        node[leaf] = parse_yaml(value, f"override {text!r}")
+        parsed = parse_yaml(value, f"override {text!r}")
+        if leaf == "kind" and node.get("kind", parsed) != parsed:
+            node.clear()
+        node[leaf] = parsed
     return result
 
 
-def _first_problem(error: ValidationError) -> str:
+def _first_problem(error: ValidationError, data: Any) -> str:
     problems = error.errors(include_url=False)
     first = problems[0]
-    field = ".".join(str(part) for part in first["loc"]) or "settings"
+    field = ".".join(_written(first["loc"], data, first["type"] == "missing")) or "settings"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = "no such setting; look for a misspelling"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{field}: {message}{more}"
+
+
+def _written(place: Sequence[str | int], data: Any, missing: bool) -> Iterator[str]:
+    """The place of a mistake as a user writes it: pydantic puts the kind of a union's member between."""
+    for i, part in enumerate(place):
+        if isinstance(data, Mapping) and part not in data and not (missing and i == len(place) - 1):
+            continue
+        yield str(part)
+        if isinstance(data, Mapping):
+            data = data.get(part)
+        elif isinstance(data, Sequence) and isinstance(part, int) and part < len(data):
+            data = data[part]

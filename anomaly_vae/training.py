@@ -1,6 +1,7 @@
 """The verb `train`: a folder of pictures becomes a calibrated detector in a bundle."""
 
 import hashlib
+import json
 import math
 import platform
 import shutil
@@ -13,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
 
 from anomaly_vae import __version__
 from anomaly_vae.bundle import check_place, write_durably
@@ -21,11 +21,11 @@ from anomaly_vae.calibration import Calibration
 from anomaly_vae.data import Pictures, open_pictures, suggest_image_spec, survey
 from anomaly_vae.detector import Detector, policy_of
 from anomaly_vae.dividing import Indices, Part, blank_calibration, copies, divide, group_count, made_from
-from anomaly_vae.errors import BundleError, TrainingError
+from anomaly_vae.errors import BundleError, ConfigError, TrainingError
 from anomaly_vae.fabric import make_fabric
 from anomaly_vae.fitting import Fitted, Fitting, Progress
-from anomaly_vae.member import Batches, Member, member_scores
-from anomaly_vae.model import AutoEncoder
+from anomaly_vae.member import Batch, Batches, Member, member_scores
+from anomaly_vae.objectives import Objective
 from anomaly_vae.recipe import DetectorSpec
 from anomaly_vae.seeds import generator_of, seed_of
 from anomaly_vae.spec import dump_yaml, read_yaml
@@ -99,8 +99,8 @@ def train(
     if not fabric.is_global_zero:
         return None
     detector = _calibrated(spec, pictures, parts, members, groups)
-    metrics = _metrics(spec, parts, fitted, started)
-    notes = [*pictures.notes, *_collapse_notes(fitted)]
+    metrics = _metrics(spec, parts, fitted, started) | {"latent_cost": members[0].model.law.cost_name}
+    notes = [*pictures.notes, *_collapse_notes(spec, fitted)]
     saved = detector.save(out, _probes(spec, pictures, parts), metrics, replace=overwrite)
     _close_work(work)
     return Trained(saved, out, metrics["seconds"], metrics, notes)
@@ -116,10 +116,30 @@ def load_pictures(spec: DetectorSpec, root: Path | str, say: Say) -> tuple[Detec
         )
     assert spec.image is not None
     pictures = open_pictures(root, spec.data, spec.image, _reading(say))
+    spec = _with_classes(spec, pictures)
     if pictures.unreadable:
         key, reason = pictures.unreadable[0]
         say(f"skipped {len(pictures.unreadable)} unreadable picture(s), such as {key}: {reason}")
     return spec, pictures
+
+
+def _with_classes(spec: DetectorSpec, pictures: Pictures) -> DetectorSpec:
+    """A conditional model's classes are those of the normal pictures, unless they are listed."""
+    condition = spec.model.condition
+    if condition is None:
+        return spec
+    found = sorted({item.label for item in pictures.items if item.normal})
+    if condition.classes:
+        strange = [name for name in found if name not in condition.classes]
+        if strange:
+            raise ConfigError(f"model.condition.classes lacks {', '.join(strange)}, of which there are normal pictures")
+        return spec
+    if len(found) < 2:
+        raise ConfigError(
+            f"a conditional model wants normal pictures of several classes, not only {found[0]!r}; "
+            "name their folders, such as -o data.normal=[a,b], or leave out model.condition"
+        )
+    return spec.with_overrides([f"model.condition.classes={json.dumps(found)}"])
 
 
 def _reading(say: Say) -> Callable[[int, int], None]:
@@ -145,41 +165,57 @@ def _make_member(
     work: Path,
     report: ReportMember,
 ) -> tuple[Member, Fitted]:
-    model = _build(spec, i)
-    seed = seed_of(spec.seed, "member", i)
-    fitting = Fitting(fabric, model, spec.training, pictures, part.train, part.fit, seed, 1 / count)
+    objective = _build(spec, i)
+    seed, labels = seed_of(spec.seed, "member", i), _labels(spec, pictures)
+    fitting = Fitting(fabric, objective, spec.training, pictures, part.train, part.fit, seed, 1 / count, labels)
 
     def tell(progress: Progress) -> None:
-        losses = {"loss": progress.loss, "reconstruction": progress.reconstruction, "kl": progress.kl}
+        losses = {"loss": progress.loss, "reconstruction": progress.reconstruction, "latent": progress.latent}
         fabric.log_dict({f"member{i}/{name}": value for name, value in losses.items()}, progress.epoch)
         if fabric.is_global_zero:
             report(i, count, progress)
 
     fitted = fitting.run(work / f"member{i}.safetensors", tell)
-    return Member.fit(spec, model, _batches(pictures, part.fit)), fitted
+    return Member.fit(spec, objective.model, _batches(spec, pictures, part.fit)), fitted
 
 
-def _build(spec: DetectorSpec, i: int) -> AutoEncoder:
+def _build(spec: DetectorSpec, i: int) -> Objective:
     assert spec.image is not None
     shape = (spec.image.channels, spec.image.height, spec.image.width)
-    return spec.model.build(shape, seed_of(spec.seed, "weights", i))
+    return Objective(spec.objective, spec.model.build(shape, seed_of(spec.seed, "weights", i)))
+
+
+def _labels(spec: DetectorSpec, pictures: Pictures) -> Indices | None:
+    """The class of each picture as the model's number, -1 for others; None for models without classes."""
+    if spec.model.condition is None:
+        return None
+    numbers = {name: i for i, name in enumerate(spec.model.condition.classes)}
+    return np.array([numbers.get(item.label, -1) for item in pictures.items], np.int64)
+
+
+def _given(spec: DetectorSpec, pictures: Pictures) -> Indices | None:
+    """The classes of pictures as they will be judged: known only where they will be given."""
+    condition = spec.model.condition
+    return _labels(spec, pictures) if condition is not None and condition.scoring == "given" else None
 
 
 def _calibrated(
     spec: DetectorSpec, pictures: Pictures, parts: list[Part], members: list[Member], groups: int | None
 ) -> Detector:
     scores = [
-        member_scores(spec, member, _batches(pictures, part.calibrate)())
+        member_scores(spec, member, _batches(spec, pictures, part.calibrate)())
         for member, part in zip(members, parts, strict=True)
     ]
     used = made_from(parts)
     return Detector(spec, members, Calibration.of(scores, groups), seen=np.unique(pictures.fingerprints[used]))
 
 
-def _batches(pictures: Pictures, indices: Indices) -> Batches:
-    def batches() -> Iterator[Tensor]:
-        for _, images in pictures.batches(_SCORING_BATCH, indices):
-            yield images
+def _batches(spec: DetectorSpec, pictures: Pictures, indices: Indices) -> Batches:
+    given = _given(spec, pictures)
+
+    def batches() -> Iterator[Batch]:
+        for chosen, images in pictures.batches(_SCORING_BATCH, indices):
+            yield Batch(images, None if given is None else torch.from_numpy(given[chosen]))
 
     return batches
 
@@ -229,12 +265,14 @@ def _close_work(work: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
 
 
-def _probes(spec: DetectorSpec, pictures: Pictures, parts: list[Part]) -> Tensor | None:
+def _probes(spec: DetectorSpec, pictures: Pictures, parts: list[Part]) -> Batch | None:
     if not spec.probes:
         return None
     pool = parts[0].train
     order = torch.randperm(len(pool), generator=generator_of(spec.seed, "probes", 0)).numpy()
-    return pictures.images(np.sort(pool[order[: spec.probes]]))
+    chosen = np.sort(pool[order[: spec.probes]])
+    given = _given(spec, pictures)
+    return Batch(pictures.images(chosen), None if given is None else torch.from_numpy(given[chosen]))
 
 
 def _metrics(spec: DetectorSpec, parts: list[Part], fitted: list[Fitted], started: float) -> dict[str, Any]:
@@ -256,14 +294,13 @@ def _metrics(spec: DetectorSpec, parts: list[Part], fitted: list[Fitted], starte
     }
 
 
-def _collapse_notes(fitted: list[Fitted]) -> list[str]:
+def _collapse_notes(spec: DetectorSpec, fitted: list[Fitted]) -> list[str]:
     collapsed = [str(i) for i, one in enumerate(fitted) if one.active_units == 0]
     if not collapsed:
         return []
-    return [
-        f"posterior collapse in member {', '.join(collapsed)}: no latent dimension carries information; "
-        "try -o model.latent.beta=0.1 or -o model.latent.free_bits=0.1"
-    ]
+    remedy = "-o model.latent.beta=0.1" if spec.model.latent.has_kl else "-o model.latent.weight=0.1"
+    remedy += " or -o model.latent.free_bits=0.1" if spec.model.latent.kind == "gaussian" else ""
+    return [f"collapse in member {', '.join(collapsed)}: no latent carries information; try {remedy}"]
 
 
 def _describe(parts: list[Part], crossed: bool, pictures: Pictures) -> str:

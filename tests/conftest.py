@@ -23,7 +23,7 @@ TINY = DetectorSpec.parse(
     {
         "preset": "tiny",
         "image": {"height": 16, "width": 16, "channels": 1},
-        "model": {"network": {"kind": "conv", "width": 12}, "latent": {"size": 12}},
+        "model": {"network": {"kind": "conv", "width": 12}, "latent": {"kind": "gaussian", "size": 12}},
         "training": {"steps": 400, "batch_size": 32},
     }
 )

@@ -9,6 +9,7 @@ from anomaly_vae import BundleError, CalibrationError, Detector, Engine
 from anomaly_vae.bundle import Bundle, read_bundle, write_bundle
 from anomaly_vae.data import open_pictures
 from anomaly_vae.evaluation import evaluate
+from anomaly_vae.member import Batch
 
 TOLERANCE = 1e-5
 """Of the calibration scores' quartile range: what a float32 score may move with its company."""
@@ -71,7 +72,7 @@ def test_calibration_scores_come_from_judging(tiny_detector, tiny_bundle, tiny_s
 
 
 def test_saved_and_loaded_twice_is_bit_for_bit_the_same(tiny_detector, tiny_bundle, images, tmp_path):
-    probes = images[:4]
+    probes = Batch(images[:4])
     saved = tiny_detector.save(tmp_path / "copy", probes)
     loaded = Detector.load(tmp_path / "copy")
     assert loaded.version == saved.version
@@ -113,7 +114,7 @@ def corrupt(path, name, change):
 
 @pytest.fixture
 def copy(tiny_detector, images, tmp_path):
-    tiny_detector.save(tmp_path / "copy", images[:4])
+    tiny_detector.save(tmp_path / "copy", Batch(images[:4]))
     return tmp_path / "copy"
 
 
@@ -251,7 +252,7 @@ def test_references_of_few_pictures_do_not_flatter_themselves(tiny_detector, tin
     pictures = open_pictures(digits_folder, tiny_spec.data, tiny_spec.image)
     normal = [i for i, item in enumerate(pictures.items) if item.normal]
     few, others = pictures.images(normal[:20]), pictures.images(normal[20:220])
-    member = Member.fit(tiny_spec, tiny_detector.members[0].model, lambda: iter(few.split(8)))
+    member = Member.fit(tiny_spec, tiny_detector.members[0].model, lambda: map(Batch, few.split(8)))
     detector = Detector(tiny_spec, [member], tiny_detector.calibration)
     for kind in tiny_spec.fusion.parts:
         z = standardise(np.log(detector.judge(others).parts[kind]), member.references.scales[kind])

@@ -7,7 +7,9 @@ from pydantic import TypeAdapter
 
 from anomaly_vae.data import open_pictures
 from anomaly_vae.member import normalise
-from anomaly_vae.scores import Observation, ScoreSpec, gaussian_blur
+from anomaly_vae.model import ModelSpec
+from anomaly_vae.observations import Observation, gaussian_blur
+from anomaly_vae.scores import ScoreSpec
 
 KINDS = [
     "negative_elbo",
@@ -18,6 +20,7 @@ KINDS = [
     "absolute_error",
     "relative_error",
     "local_maximum",
+    "generator_residual",
     "mahalanobis",
 ]
 ADAPTER = TypeAdapter(ScoreSpec)
@@ -31,7 +34,12 @@ def normals(digits_folder, tiny_spec):
 
 @pytest.fixture
 def model(tiny_detector):
-    return tiny_detector.members[0].model
+    """The trained model with a critic beside it, which one score wants."""
+    trained = tiny_detector.members[0].model
+    spec = ModelSpec.parse({**trained.spec.model_dump(), "critic": {"network": {"kind": "conv", "norm": "group"}}})
+    model = spec.build(trained.shape, 0)
+    model.load_state_dict(trained.state_dict(), strict=False)
+    return model.eval()
 
 
 def columns(model, score, images):

@@ -5,7 +5,7 @@ import pytest
 from anomaly_vae.errors import ConfigError
 from anomaly_vae.presets import configs_folder, preset_names, read_preset
 from anomaly_vae.recipe import DetectorSpec
-from anomaly_vae.spec import parse_yaml
+from anomaly_vae.spec import override, parse_yaml
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -57,3 +57,13 @@ def test_exponents_are_numbers():
 def test_unknown_preset_lists_the_known():
     with pytest.raises(ConfigError, match=r"no preset 'best'.*default"):
         read_preset("best")
+
+
+def test_another_kind_leaves_the_former_ones_settings_behind():
+    data = {"latent": {"kind": "gaussian", "beta": 2.0}, "other": 1}
+    assert override(data, ["latent.kind=point", "latent.size=3"]) == {
+        "latent": {"kind": "point", "size": 3},
+        "other": 1,
+    }
+    assert override(data, ["latent.kind=gaussian"]) == data
+    assert data["latent"]["beta"] == 2.0

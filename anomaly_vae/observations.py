@@ -1,0 +1,169 @@
+"""What one model makes of a batch of images, computed once however many scores look at it.
+
+The reconstruction is that of the posterior mean, so it involves no chance. Sums over pixels run in float64, so that a
+score is the same number, to about 1e-7 of itself, whatever batch the image came in.
+"""
+
+import math
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from anomaly_vae.model import AutoEncoder, Context
+from anomaly_vae.posteriors import Posterior
+
+
+def wide(values: Tensor) -> Tensor:
+    """In float64 where the device has it (Apple's GPUs have not)."""
+    return values.float() if values.device.type == "mps" else values.double()
+
+
+class Observation:
+    """`x` is (B, C, H, W) in [0, 1]; `label` the classes (B,) of a conditional model."""
+
+    def __init__(self, model: AutoEncoder, x: Tensor, label: Tensor | None = None) -> None:
+        self.model, self.x, self.label = model, x, label
+        self._draws: dict[tuple[int, int], list[Tensor]] = {}
+        self._outputs: dict[tuple[int, int], list[Tensor]] = {}
+
+    @cached_property
+    def _read(self) -> tuple[Posterior, Context]:
+        posterior, context = self.model.read(self.x, self.label)
+        return posterior.float(), context
+
+    @property
+    def posterior(self) -> Posterior:
+        """q(z given x)."""
+        return self._read[0]
+
+    @property
+    def code(self) -> Tensor:
+        """The posterior mean (B, D)."""
+        return self.posterior.mu
+
+    @cached_property
+    def output(self) -> Tensor:
+        """The likelihood's raw parameters at the posterior mean."""
+        return self.model.decode(self.posterior.mu, self._read[1]).float()
+
+    @cached_property
+    def reconstruction(self) -> Tensor:
+        """E[x given z = posterior mean], shape (B, C, H, W)."""
+        return self.model.likelihood.mean(self.output)
+
+    @cached_property
+    def squared_error(self) -> Tensor:
+        """(x - reconstruction)^2 averaged over channels, shape (B, H, W)."""
+        return ((self.x - self.reconstruction) ** 2).mean(1)
+
+    @cached_property
+    def feature_error(self) -> Tensor:
+        """Mean squared difference of the critic's features of x and its reconstruction, shape (B,)."""
+        features = [self.model.features(images, self.label).float() for images in (self.x, self.reconstruction)]
+        return wide((features[0] - features[1]) ** 2).flatten(1).mean(1)
+
+    def draws(self, samples: int, seed: int) -> list[Tensor]:
+        """`samples` draws z ~ q(z given x), each (B, D): the same noise for every image, in pairs of both signs.
+
+        One fixed noise for all images is what makes a sampled score independent of batch mates; antithetic pairs
+        cancel the odd part of its error. A code without chance is drawn once.
+        """
+        if not self.posterior.random:
+            return [self.code]
+        if (samples, seed) not in self._draws:
+            generator = torch.Generator().manual_seed(seed)
+            half = torch.randn((samples + 1) // 2, self.model.law.size, generator=generator)
+            noise = torch.stack([half, -half], 1).flatten(0, 1)[:samples].to(self.x.device)
+            self._draws[samples, seed] = [self.posterior.at(row) for row in noise]
+        return self._draws[samples, seed]
+
+    def _decoded(self, samples: int, seed: int) -> list[Tensor]:
+        """The likelihood's raw parameters at the draws."""
+        if not self.posterior.random:
+            return [self.output]
+        if (samples, seed) not in self._outputs:
+            draws = self.draws(samples, seed)
+            self._outputs[samples, seed] = [self.model.decode(z, self._read[1]).float() for z in draws]
+        return self._outputs[samples, seed]
+
+    def expected_log_likelihood(self, samples: int, seed: int) -> Tensor:
+        """E_q log p(x given z) in nats, shape (B,): log-densities summed over pixels and channels."""
+        log_probs = [self.model.likelihood.log_prob(output, self.x) for output in self._decoded(samples, seed)]
+        return torch.stack([wide(log_prob).flatten(1).sum(1) for log_prob in log_probs]).mean(0)
+
+    def kl(self, samples: int, seed: int) -> Tensor:
+        """KL(q(z given x) || p(z)) in nats, shape (B,); laws that cannot compute it estimate it from the draws."""
+        law, posterior = self.model.law, self.posterior
+        return torch.stack([wide(law.kl(posterior, z)).sum(1) for z in self.draws(samples, seed)]).mean(0)
+
+    def heat(self, blur: float) -> Tensor:
+        """The map shown to people: deviation in the likelihood's own scale, blurred; shape (B, H, W), >= 0.
+
+        `blur` is the standard deviation as a share of the shorter side: single pixels are noise, defects are larger.
+        """
+        deviation = self.model.likelihood.deviation(self.output, self.x).mean(1)
+        return gaussian_blur(deviation, blur * min(deviation.shape[1:]))
+
+
+class Marginal:
+    """What a conditional model makes of images whose class nobody told: one `Observation` a class.
+
+    `weights` (K, B): p(class given x) under equal prior shares, by the ELBO where the model has one, else by the
+    likelihood. What pictures show (code, heat) is the mean under these weights.
+    """
+
+    def __init__(self, model: AutoEncoder, x: Tensor) -> None:
+        self.model, self.x = model, x
+        numbers = torch.arange(len(model.classes), device=x.device)
+        self.of_classes = [Observation(model, x, number.expand(len(x))) for number in numbers]
+
+    @cached_property
+    def weights(self) -> Tensor:
+        evidence = []
+        for seen in self.of_classes:
+            log_likelihood = seen.expected_log_likelihood(2, 0)
+            evidence.append(log_likelihood - seen.kl(2, 0) if self.model.spec.has_elbo else log_likelihood)
+        return torch.stack(evidence).softmax(0)
+
+    def mean(self, values: list[Tensor]) -> Tensor:
+        """Mean over classes of one tensor (B, ...) for each."""
+        stacked = torch.stack(values)
+        weights = self.weights.to(stacked).reshape(*self.weights.shape, *[1] * (stacked.dim() - 2))
+        return (weights * stacked).sum(0)
+
+    @property
+    def code(self) -> Tensor:
+        """The posterior mean (B, D)."""
+        return self.mean([seen.code for seen in self.of_classes])
+
+    @property
+    def reconstruction(self) -> Tensor:
+        """E[x], shape (B, C, H, W)."""
+        return self.mean([seen.reconstruction for seen in self.of_classes])
+
+    def heat(self, blur: float) -> Tensor:
+        """As that of an `Observation`."""
+        return self.mean([seen.heat(blur) for seen in self.of_classes])
+
+
+Seen = Observation | Marginal
+
+
+def observe(model: AutoEncoder, x: Tensor, label: Tensor | None = None) -> Seen:
+    """Look at images x (B, C, H, W); conditional models whose classes are not told try all of them."""
+    return Marginal(model, x) if model.classes and label is None else Observation(model, x, label)
+
+
+def gaussian_blur(maps: Tensor, sigma: float) -> Tensor:
+    """Blur maps (B, H, W) with a Gaussian of `sigma` pixels; borders mirror. Below 0.3 px the maps are left alone."""
+    radius = min(math.ceil(3 * sigma), min(maps.shape[1:]) - 1)
+    if sigma < 0.3 or radius < 1:
+        return maps
+    offsets = torch.arange(-radius, radius + 1, device=maps.device, dtype=maps.dtype)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    kernel = kernel / kernel.sum()
+    padded = F.pad(maps[:, None], (radius, radius, radius, radius), mode="reflect")
+    rows = F.conv2d(padded, kernel.view(1, 1, 1, -1))
+    return F.conv2d(rows, kernel.view(1, 1, -1, 1))[:, 0]
