@@ -1,5 +1,6 @@
 """What people see in a terminal: progress, tables, lines. Notes go to standard error, results to standard output."""
 
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from anomaly_vae.classifying import Classified
     from anomaly_vae.detector import Detector
     from anomaly_vae.evaluation import Evaluation
     from anomaly_vae.fitting import Progress as FittingProgress
@@ -49,8 +51,9 @@ class TrainingView:
     def __call__(self, member: int, members: int, progress: "FittingProgress") -> None:
         losses = f"loss {progress.loss:.1f}"
         if self.bar is None or err.width >= _WIDE:
-            losses += f"  reconstruction {progress.reconstruction:.1f}  KL {progress.kl:.1f}"
-        losses += "" if progress.held_out != progress.held_out else f"  held-out {progress.held_out:.1f} nats"
+            parts = {"reconstruction": progress.reconstruction, progress.cost_name: progress.latent}
+            losses += "".join(f"  {name} {value:.1f}" for name, value in parts.items() if not math.isnan(value))
+        losses += "" if math.isnan(progress.held_out) else f"  held-out {progress.held_out:.1f}"
         who = f"model {member + 1}/{members}" if members > 1 else "training"
         if self.bar is not None:
             if member not in self.tasks:
@@ -196,4 +199,13 @@ def verdict_table(rows: list[dict[str, Any]]) -> Table:
         else:
             verdict = "[bold red]outlier[/]" if row["outlier"] else "normal"
             table.add_row(escape(row["path"]), verdict, f"{row['p_value']:.4f}", f"{row['score']:.3f}")
+    return table
+
+
+def classes_table(classified: "Classified") -> Table:
+    """Accuracies, one row for each count of labels and way to use them."""
+    table = Table("labels", "encoder", "accuracy", title="Classes from few labels", title_justify="left")
+    for row in classified.rows:
+        spread = "" if row.sd is None else f" ± {row.sd:.1%}"
+        table.add_row(str(row.labels), row.method, f"{row.mean:.1%}{spread}")
     return table

@@ -1,5 +1,6 @@
 """The verb `info`: what a bundle is, in plain facts."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,10 @@ from rich.table import Table
 
 from anomaly_vae.bundle import Bundle
 from anomaly_vae.detector import Detector
+from anomaly_vae.model import ModelSpec
+from anomaly_vae.objectives import AdversarySpec, LossSpec, ObjectiveSpec
+from anomaly_vae.recipe import DetectorSpec
+from anomaly_vae.spec import Spec
 
 
 def bundle_facts(detector: Detector, bundle: Bundle) -> dict[str, Any]:
@@ -46,6 +51,7 @@ def facts_table(path: Path, facts: dict[str, Any]) -> Table:
         "pictures": f"{image['width']}x{image['height']} px, {kind}, {image['fit']}",
         "model": f"{spec['network']['kind']} network, {spec['latent']['size']} latents ({spec['latent']['kind']}), "
         f"{spec['likelihood']['kind']} likelihood, {facts['parameters']:,} parameters",
+        **_unusual(DetectorSpec.parse(facts["spec"])),
         "models": f"{facts['members']}" + (" (K-fold)" if facts["members"] > 1 else ""),
         "scores": ", ".join(facts["scores"]),
         "verdict by": facts["verdict"],
@@ -56,3 +62,42 @@ def facts_table(path: Path, facts: dict[str, Any]) -> Table:
     for name, value in rows.items():
         table.add_row(name, escape(value))
     return table
+
+
+def _unusual(spec: DetectorSpec) -> dict[str, str]:
+    """What else makes the model and its training, a line each where it is not what most detectors have."""
+    model, usual = spec.model, ModelSpec()
+    options = _changed(model.latent, type(model.latent)())
+    lines = {}
+    if model.latent.kind != usual.latent.kind or options:
+        lines["law of z"] = ", ".join([model.latent.kind, *options])
+    if model.condition is not None:
+        names = model.condition.classes
+        lines["classes"] = f"{len(names)} ({', '.join(names)}), {model.condition.scoring}"
+    terms = [*_objective(spec.objective), *(["critic of pictures"] if model.critic else [])]
+    if terms:
+        lines["objective"] = "; ".join(terms)
+    return lines
+
+
+def _objective(objective: ObjectiveSpec) -> Iterator[str]:
+    loss = _changed(objective.loss, LossSpec())
+    if loss:
+        yield ", ".join([f"loss {objective.loss.kind}", *(text for text in loss if not text.startswith("kind "))])
+    if objective.corruption:
+        yield f"corruption by {', '.join(one.kind for one in objective.corruption)}"
+    if objective.perceptual is not None:
+        network = objective.perceptual.network
+        yield f"perceptual loss by {getattr(network, 'name', network.kind)}, weight {objective.perceptual.weight:g}"
+    if objective.adversary is not None:
+        yield ", ".join(["adversary", *_changed(objective.adversary, AdversarySpec())])
+    if objective.course.kind != "joint":
+        yield f"course {objective.course.kind}, share {objective.course.share:g}"
+    if objective.encoder_steps:
+        yield f"{objective.encoder_steps} encoder steps more"
+
+
+def _changed(spec: Spec, usual: Spec) -> list[str]:
+    """Settings that are not the usual ones, the number of latents apart."""
+    now, then = spec.model_dump(mode="json"), usual.model_dump(mode="json")
+    return [f"{name} {value}" for name, value in now.items() if value != then[name] and name != "size"]

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,11 @@ class Section:
     text: str
     png: bytes | None = None
     chart: Chart | None = None
+
+    @property
+    def file(self) -> str | None:
+        """Under which name its PNG is written; None where it has none."""
+        return None if self.png is None else f"{self.name}.png"
 
     @property
     def jpeg(self) -> str:
@@ -74,10 +80,18 @@ def page(title: str, facts: str, notes: Sequence[str], sections: Sequence[Sectio
         facts=facts,
         notes=notes,
         sections=sections,
+        files=[section.file for section in sections if section.file],
         charts={section.name: section.chart for section in sections if section.chart is not None},
         sheet=shown,
         plotly=Markup(get_plotlyjs()),  # noqa: S704 - plotly's own JavaScript, from its package
     )
+
+
+def files_of(head: str) -> list[str]:
+    """Names of the PNGs that belong to a page, as its head tells them; none for a page of another hand."""
+    found = re.search(r'<meta name="anomaly-vae-files" content="([^"]*)">', head)
+    names = found[1].split() if found else []
+    return [name for name in names if re.fullmatch(r"[A-Za-z0-9-]+\.png", name)]
 
 
 def maps_chart(maps: Sequence[tuple[str, str, Points]], series: Sequence[Series], hover: Sequence[str]) -> Chart:
@@ -116,45 +130,49 @@ def series_by_verdict(training: npt.NDArray[np.bool_], outlier: npt.NDArray[np.b
     ]
 
 
-def kl_chart(kl: Points, units: Sequence[int]) -> Chart:
-    """Bars of the mean KL (D,) of each latent, in the order of `units`."""
+def usage_chart(values: Points, order: Sequence[int], quantity: str, unit: str) -> Chart:
+    """Bars of what each latent tells: `values` (D,) of `quantity` in `unit` (empty: none), in the `order` given."""
     bars = {
         "type": "bar",
-        "x": [str(unit) for unit in units],
-        "y": [float(kl[unit]) for unit in units],
+        "x": [str(latent) for latent in order],
+        "y": [float(values[latent]) for latent in order],
         "marker": {"color": _COLOURS[0]},
-        "hovertemplate": "latent %{x}: %{y:.3f} nats<extra></extra>",
+        "hovertemplate": f"latent %{{x}}: %{{y:.3{'f' if unit else 'g'}}} {unit}<extra></extra>",
     }
-    axes = {"xaxis": _axis("latent") | {"type": "category"}, "yaxis": _axis("mean KL, nats")}
+    title = f"mean {quantity}, {unit}" if unit else quantity
+    axes = {"xaxis": _axis("latent") | {"type": "category"}, "yaxis": _axis(title)}
     return {"data": [bars], "layout": _layout(320) | axes}
 
 
-def curves_chart(history: Sequence[dict[str, float | None]], chosen: int | None) -> Chart:
-    """Loss and its parts by epoch, the KL below on a scale of its own; `chosen` is the epoch whose weights stayed."""
+def curves_chart(history: Sequence[dict[str, float | None]], chosen: int | None, cost: str, unit: str) -> Chart:
+    """Loss and its parts by epoch; `chosen` is the epoch whose weights stayed.
+
+    The cost of the code, called `cost`, stands below on a scale of its own. What was never computed is left out.
+    """
     kinds = (
         ("loss", "loss", 0, "y"),
         ("held_out", "loss on held-out normals", 3, "y"),
         ("reconstruction", "reconstruction", 2, "y"),
-        ("kl", "KL", 5, "y2"),
+        ("latent", cost, 5, "y2"),
     )
     data = [
         {
             "type": "scatter",
             "mode": "lines",
-            "name": name,
+            "name": html.escape(name),
             "x": [row.get("epoch") for row in history],
             "y": [row.get(key) for row in history],
             "line": {"color": _COLOURS[colour]},
             "yaxis": axis,
         }
         for key, name, colour, axis in kinds
+        if any(row.get(key) is not None for row in history)
     ]
-    layout = _layout(480) | {
-        "xaxis": _axis("epoch") | {"anchor": "y2"},
-        "yaxis": _axis("nats an image") | {"domain": [0.42, 1]},
-        "yaxis2": _axis("KL, nats an image") | {"domain": [0, 0.34]},
-        "legend": {"orientation": "h", "y": 1.12},
-    }
+    layout = _layout(480) | {"xaxis": _axis("epoch"), "yaxis": _axis(unit), "legend": {"orientation": "h", "y": 1.12}}
+    if data and data[-1]["yaxis"] == "y2":
+        layout["xaxis"] |= {"anchor": "y2"}
+        layout["yaxis"] |= {"domain": [0.42, 1]}
+        layout["yaxis2"] = _axis(f"{html.escape(cost)}, {unit}") | {"domain": [0, 0.34]}
     if chosen is not None:
         line = {"color": "#888888", "dash": "dot", "width": 1}
         layout["shapes"] = [

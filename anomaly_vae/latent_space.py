@@ -1,52 +1,174 @@
 """A latent space by numbers: draws, codes, walks, sums and maps to the plane. Pictures of them: `exploring`.
 
-Codes are posterior means mu (n, D); decoded pictures are the likelihood's mean as uint8 (n, C, H, W).
+Codes are posterior means mu (n, D); decoded pictures are the likelihood's mean as uint8 (n, C, H, W). Whatever is
+decoded is first brought to the nearest z that the law of z allows.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import repeat
+from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from anomaly_vae.member import normalise
-from anomaly_vae.model import AutoEncoder
-from anomaly_vae.scores import Observation
+from anomaly_vae.latent_laws import GaussianLaw, LatentLaw
+from anomaly_vae.member import Batch
+from anomaly_vae.model import AutoEncoder, Context
+from anomaly_vae.observations import Marginal, Observation
 from anomaly_vae.seeds import generator_of
 
 Plane = npt.NDArray[np.float64]
+Rows = Sequence[int] | npt.NDArray[np.int64] | npt.NDArray[np.bool_]
 
 _AT_ONCE = 32
 _TSNE_INPUTS = 50
 LEAST_FOR_MAPS = 10
 
+STANDARD_NORMAL = "the prior N(0, I)"
+_PRIORS = {
+    "gaussian": STANDARD_NORMAL,
+    "point": STANDARD_NORMAL,
+    "adversarial": STANDARD_NORMAL,
+    "von_mises_fisher": "the prior, uniform on the unit sphere",
+    "mixture": "the prior, a learned mixture of {components} Gaussians",
+}
 
-def codes(model: AutoEncoder, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Posterior means and the KL in nats of each latent, both (n, D) on the CPU, of uint8 images (n, C, H, W)."""
+
+class Codes(NamedTuple):
+    """What the encoder makes of n pictures, on the CPU.
+
+    `mu` (n, D): posterior means. `kl` (n, D): nats; None where the law has no KL that falls apart into latents.
+    `label` (n,): the class, as the model's number, that a picture is decoded with; None for models without classes.
+    """
+
+    mu: Tensor
+    kl: Tensor | None = None
+    label: Tensor | None = None
+
+    def at(self, rows: Rows) -> "Codes":
+        """Those of some pictures."""
+        i = torch.from_numpy(np.asarray(rows))
+        return Codes(self.mu[i], None if self.kl is None else self.kl[i], None if self.label is None else self.label[i])
+
+    @classmethod
+    def join(cls, parts: Sequence["Codes"]) -> "Codes":
+        """Those of all parts, one after the other."""
+        kl = [one.kl for one in parts if one.kl is not None]
+        label = [one.label for one in parts if one.label is not None]
+        mu = torch.cat([one.mu for one in parts])
+        return cls(mu, torch.cat(kl) if kl else None, torch.cat(label) if label else None)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How much each latent tells of pictures: `values` (D,) of `quantity` in `unit`; which are `active`, bool (D,)."""
+
+    values: Tensor
+    quantity: str
+    unit: str
+    active: Tensor
+
+    @classmethod
+    def of(cls, law: LatentLaw, codes: Codes) -> Self:
+        """The mean KL where it falls apart into latents; for other laws the variance of the code over the pictures."""
+        active = law.active(codes.mu, codes.kl)
+        if codes.kl is not None:
+            return cls(codes.kl.mean(0), "KL", "nats", active)
+        return cls(codes.mu.var(0, correction=0), "variance of the code", "", active)
+
+    @property
+    def order(self) -> list[int]:
+        """Latents that tell most first; ties in their own order."""
+        return [int(unit) for unit in torch.sort(self.values, descending=True, stable=True).indices]
+
+
+def codes(model: AutoEncoder, images: Tensor, label: Tensor | None = None) -> Codes:
+    """Codes of uint8 images (n, C, H, W); a class that `label` (n,) does not give is the most probable one."""
     with torch.inference_mode():
-        seen = [Observation(model, normalise(batch, model.device)).posterior for batch in torch.split(images, _AT_ONCE)]
-        return torch.cat([one.mu.cpu() for one in seen]), torch.cat([one.kl().cpu() for one in seen])
+        return Codes.join([_codes(model, batch) for batch in _batches(images, label)])
 
 
-def decode(model: AutoEncoder, z: Tensor) -> Tensor:
-    """The mean picture of each latent z (n, D), a few at a time: uint8 (n, C, H, W) on the CPU."""
+def _codes(model: AutoEncoder, batch: Batch) -> Codes:
+    seen, label = batch.seen_by(model), batch.label
+    if isinstance(seen, Marginal):
+        label = seen.weights.argmax(0).cpu()
+        of_classes = [kl for kl in map(_kl, seen.of_classes) if kl is not None]
+        kl = seen.mean(of_classes) if of_classes else None
+    else:
+        kl = _kl(seen)
+    return Codes(seen.code.cpu(), None if kl is None else kl.cpu(), label)
+
+
+def _kl(seen: Observation) -> Tensor | None:
+    """The KL in nats of each latent (B, D), where there is one."""
+    law = seen.model.law
+    if not law.has_kl:
+        return None
+    kl = law.kl(seen.posterior, seen.code)
+    return kl if kl.shape[1] == law.size and (law.size > 1 or isinstance(law, GaussianLaw)) else None
+
+
+def _batches(images: Tensor, label: Tensor | None) -> Iterator[Batch]:
+    labels = repeat(None) if label is None else torch.split(label, _AT_ONCE)
+    for part, given in zip(torch.split(images, _AT_ONCE), labels, strict=False):
+        yield Batch(part, given)
+
+
+def decode(model: AutoEncoder, z: Tensor, label: Tensor | None = None) -> Tensor:
+    """The mean picture of each latent z (n, D), a few at a time: uint8 (n, C, H, W) on the CPU.
+
+    `label` (n,): the classes, which conditional models need.
+    """
     with torch.inference_mode():
-        means = [
-            model.likelihood.mean(model.decode(part.to(model.device)).float()).cpu()
-            for part in torch.split(z, _AT_ONCE)
-        ]
-        return (torch.cat(means).clamp(0, 1) * 255).round().to(torch.uint8)
+        return _bytes([_decode(model, *batch) for batch in _batches(z, label)])
 
 
-def reconstruct(model: AutoEncoder, images: Tensor) -> Tensor:
-    """What the model makes of uint8 images (n, C, H, W), without chance: the decoded posterior means."""
-    return decode(model, codes(model, images)[0])
+def _decode(model: AutoEncoder, z: Tensor, label: Tensor | None) -> Tensor:
+    context = Context(model.embed(None if label is None else label.to(model.device)))
+    return model.likelihood.mean(model.decode(model.law.project(z.to(model.device)), context).float())
+
+
+def _bytes(pictures: Sequence[Tensor]) -> Tensor:
+    """Pictures in [0, 1] as uint8 on the CPU."""
+    return (torch.cat([part.cpu() for part in pictures]).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def reconstruct(model: AutoEncoder, images: Tensor, of: Codes) -> Tensor:
+    """What the model makes of uint8 images (n, C, H, W) with codes `of`, without chance: the decoded posterior means.
+
+    A decoder with skips sees the pictures themselves too.
+    """
+    if not model.spec.network.sees_input:
+        return decode(model, of.mu, of.label)
+    with torch.inference_mode():
+        return _bytes([batch.seen_by(model).reconstruction for batch in _batches(images, of.label)])
+
+
+def prior_of(model: AutoEncoder) -> str | None:
+    """The law's prior in words; None where it has none."""
+    latent = model.spec.latent
+    return _PRIORS[latent.kind].format(**latent.model_dump()) if model.law.has_prior else None
 
 
 def draw_prior(model: AutoEncoder, count: int, seed: int) -> Tensor:
-    """Latents (count, D) from the prior N(0, I)."""
-    return torch.randn(count, model.spec.latent.size, generator=generator_of(seed, "prior", 0))
+    """Latents (count, D) from the prior; raises ValueError for laws without one."""
+    with torch.inference_mode():
+        return model.law.draw(count, generator_of(seed, "prior", 0))
+
+
+def draw_like(mu: Tensor, count: int, seed: int) -> Tensor:
+    """Latents (count, D) from the Gaussian with the mean and covariance of codes mu (n, D), n > 1.
+
+    Ex-post density estimation (Ghosh et al. 2020, section 4). A mixture of the centred codes under normal weights has
+    exactly their covariance, which therefore need not be of full rank.
+    """
+    wide = mu.double()
+    weights = torch.randn(count, len(mu), generator=generator_of(seed, "fitted", 0), dtype=torch.float64)
+    return (wide.mean(0) + weights @ (wide - wide.mean(0)) / math.sqrt(len(mu) - 1)).float()
 
 
 def traverse(z: Tensor, unit: int, values: Tensor) -> Tensor:
@@ -69,11 +191,6 @@ def difference(wanted: Tensor, other: Tensor) -> Tensor:
 def add(z: Tensor, direction: Tensor, alphas: Sequence[float]) -> Tensor:
     """z + alpha direction for codes z (n, D) and each alpha: (n, len(alphas), D)."""
     return z[:, None] + torch.tensor(alphas)[:, None] * direction
-
-
-def by_information(kl: Tensor) -> list[int]:
-    """Latents with the largest mean KL (D,) first; ties in their own order."""
-    return [int(unit) for unit in torch.sort(kl, descending=True, stable=True).indices]
 
 
 def pca_plane(mu: Tensor) -> tuple[Plane, tuple[float, float]]:

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
-from anomaly_vae import latent_space
 from anomaly_vae.data import Pictures
+from anomaly_vae.detector import Detector
 from anomaly_vae.engine import Engine
 from anomaly_vae.explore_page import Sheet
 from anomaly_vae.grids import arrays, sheet_jpeg, thumbnail
+from anomaly_vae.latent_space import Codes, codes
 from anomaly_vae.seeds import seed_of
 
 Indices = npt.NDArray[np.int64]
@@ -24,13 +24,12 @@ _THUMB, _THUMBS_ACROSS = 64, 40
 
 @dataclass(frozen=True)
 class Looked:
-    """Pictures looked at, row by row: position in `pictures`, code (n, D), KL (n, D), verdict, and a thumbnail."""
+    """Pictures looked at, row by row: position in `pictures`, code, verdict, and a thumbnail."""
 
     pictures: Pictures
     index: Indices
     training: npt.NDArray[np.bool_]
-    mu: Tensor
-    kl: Tensor
+    codes: Codes
     score: npt.NDArray[np.float64]
     p_value: npt.NDArray[np.float64]
     outlier: npt.NDArray[np.bool_]
@@ -53,24 +52,35 @@ def look_at(engine: Engine, pictures: Pictures, seed: int) -> tuple[Looked, list
     some_training = drawn(training, share, seed, "training")
     some_test = drawn(test, MOST_LOOKED_AT - len(some_training), seed, "test")
     order = np.concatenate([some_training, some_test])
-    model, columns, thumbs = engine.detector.members[0].model, [], []
-    for _, images in pictures.batches(engine.max_batch, order):
-        judged = engine.judge(images)
-        columns.append((*latent_space.codes(model, images), judged.score, judged.p_value, judged.outlier))
+    columns, thumbs = [], []
+    for indices, images in pictures.batches(engine.max_batch, order):
+        judged = engine.judge(images, classes=classes_of(engine.detector, pictures, indices))
+        seen = codes_of(engine.detector, pictures, indices, images)
+        columns.append((seen, judged.score, judged.p_value, judged.outlier))
         thumbs += [thumbnail(image, _THUMB) for image in arrays(images)]
-    mu, kl, score, p_value, outlier = zip(*columns, strict=True)
+    seen_codes, score, p_value, outlier = zip(*columns, strict=True)
     looked = Looked(
         pictures,
         order,
         known[order],
-        torch.cat(mu),
-        torch.cat(kl),
+        Codes.join(seen_codes),
         np.concatenate(score),
         np.concatenate(p_value),
         np.concatenate(outlier),
         Sheet(sheet_jpeg(thumbs, _THUMBS_ACROSS), _THUMB, _THUMBS_ACROSS),
     )
     return looked, list(_remarks(looked, len(training), len(test)))
+
+
+def classes_of(detector: Detector, pictures: Pictures, indices: Indices) -> list[str] | None:
+    """The classes by which pictures are judged: their labels, where the detector wants to be told."""
+    return [pictures.items[int(i)].label for i in indices] if detector.wants_classes else None
+
+
+def codes_of(detector: Detector, pictures: Pictures, indices: Indices, images: Tensor) -> Codes:
+    """Codes of `images` (n, C, H, W), which are those at `indices`, by the first model."""
+    label = detector.numbers_of(classes_of(detector, pictures, indices))
+    return codes(detector.members[0].model, images, label)
 
 
 def _remarks(looked: Looked, training: int, test: int) -> Iterator[str]:

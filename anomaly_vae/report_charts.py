@@ -124,8 +124,10 @@ def alarm_chart(curve: AlarmCurve, alpha: float) -> Chart:
     return chart
 
 
-def history_chart(histories: Sequence[Sequence[dict[str, Any]]], quantities: dict[str, str], kept: list[int]) -> Chart:
-    """Curves over the epochs, a colour for each member and a dash for each of `quantities` (key: name)."""
+def history_chart(
+    histories: Sequence[Sequence[dict[str, Any]]], quantities: dict[str, str], kept: list[int], unit: str
+) -> Chart:
+    """Curves over the epochs in `unit`, a colour for each member and a dash for each of `quantities` (key: name)."""
     traces = []
     for i, history in enumerate(histories):
         for dash, (key, name) in zip(("solid", "dash"), quantities.items(), strict=False):
@@ -134,7 +136,7 @@ def history_chart(histories: Sequence[Sequence[dict[str, Any]]], quantities: dic
             who = name if len(histories) == 1 else member if len(quantities) == 1 else f"{member}, {name}"
             x, y = np.array([row["epoch"] for row in rows]), np.array([row[key] for row in rows])
             traces.append(_line(x, y, who, f"--series-{i % 5}", "epoch %{x}: %{y:.4g}", dash=dash))
-    chart = _chart(traces, "epoch", "nats per picture", None)
+    chart = _chart(traces, "epoch", unit, None)
     for axis in ("xaxis", "yaxis"):
         chart["layout"][axis].pop("tickformat")
     if len(kept) == 1:

@@ -76,15 +76,9 @@ def write_report(path: Path, page: str) -> None:
 def training_report(trained: Trained, sentence: str) -> str:
     """The page on a training; `sentence` says what a verdict means."""
     detector, metrics = trained.detector, trained.metrics
-    calibration, members = detector.calibration, metrics["members"]
-    histories, kept = [one["history"] for one in members], [one["epoch"] for one in members]
+    calibration, members, cost = detector.calibration, metrics["members"], metrics["latent_cost"]
     scores = np.concatenate(calibration.scores)
-    quantities = {
-        "loss": {"loss": "training loss", "held_out": "held-out loss"},
-        "reconstruction": {"reconstruction": "reconstruction"},
-        "kl": {"kl": "KL"},
-    }
-    drawn = {name: charts.history_chart(histories, which, kept) for name, which in quantities.items()}
+    drawn = _history_charts(detector, members, cost)
     drawn["scores"] = charts.score_histogram(scores, np.zeros(0), detector.policy.threshold, "calibration pictures")
     return _page(
         "training.html",
@@ -93,6 +87,7 @@ def training_report(trained: Trained, sentence: str) -> str:
         drawn,
         sentence=sentence,
         notes=trained.notes,
+        cost=cost,
         models=[
             [i + 1, f"{one['epoch']} of {one['epochs']}", f"{one['held_out_loss']:.4g}", one["active_units"]]
             for i, one in enumerate(members)
@@ -101,6 +96,23 @@ def training_report(trained: Trained, sentence: str) -> str:
         seconds=metrics["seconds"],
         crossed=calibration.crossed,
     )
+
+
+def _history_charts(detector: Detector, members: list[dict[str, Any]], cost: str) -> dict[str, charts.Chart]:
+    """Curves over the epochs; of what a course never computed there is none."""
+    histories, kept = [one["history"] for one in members], [one["epoch"] for one in members]
+    in_nats = detector.spec.objective.loss.kind == "nll" and detector.spec.model.latent.has_kl
+    nats, whole = "nats per picture", "nats per picture" if in_nats else "loss per picture"
+    quantities = {
+        "loss": ({"loss": "training loss", "held_out": "held-out loss"}, whole),
+        "reconstruction": ({"reconstruction": "reconstruction"}, nats),
+        "latent": ({"latent": cost}, nats if detector.spec.model.latent.has_kl else f"{cost} per picture"),
+    }
+    return {
+        name: charts.history_chart(histories, which, kept, unit)
+        for name, (which, unit) in quantities.items()
+        if any(row[key] is not None for history in histories for row in history for key in which)
+    }
 
 
 def evaluation_report(

@@ -1,18 +1,22 @@
 """What people see: one bar a model, and sentences that say what is promised."""
 
 import io
+from pathlib import Path
 
+from conftest import TINY
 from rich.console import Console
 from rich.progress import Progress
 
 from anomaly_vae import Engine
+from anomaly_vae.bundle import Bundle
 from anomaly_vae.console import TrainingView, evaluation_table, kinds_table, policy_line, verdict_table
+from anomaly_vae.describing import bundle_facts, facts_table
 from anomaly_vae.evaluation import evaluate
 from anomaly_vae.fitting import Progress as Epoch
 
 
 def shown(thing):
-    console = Console(file=io.StringIO(), width=120)
+    console = Console(file=io.StringIO(), width=160)
     console.print(thing)
     return console.file.getvalue()
 
@@ -31,7 +35,7 @@ def test_one_bar_a_model():
             ("model 1/2", 3, 3),
             ("model 2/2", 3, 3),
         ]
-        assert "held-out -9.0 nats" in bar.tasks[0].fields["losses"]
+        assert "held-out -9.0" in bar.tasks[0].fields["losses"]
 
 
 def test_plain_lines_where_there_is_no_terminal(capsys):
@@ -41,6 +45,33 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("training  epoch 1/3  loss -10.0  reconstruction -12.0  KL 2.0  100 images/s")
     assert lines[-1].startswith("training  epoch 3/3")
+
+
+def test_what_a_course_does_not_compute_is_not_shown_and_costs_have_their_names(capsys):
+    nan = float("nan")
+    TrainingView(None)(0, 1, Epoch(1, 1, -10.0, nan, nan, nan, 100.0, "penalty"))
+    TrainingView(None)(0, 1, Epoch(1, 1, -10.0, -12.0, 0.5, nan, 100.0, "Jacobian"))
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "training  epoch 1/1  loss -10.0  100 images/s"
+    assert second == "training  epoch 1/1  loss -10.0  reconstruction -12.0  Jacobian 0.5  100 images/s"
+
+
+def test_info_shows_what_is_unusual_and_nothing_else(tiny_detector):
+    usual = bundle_facts(tiny_detector, Bundle({}, {}, {}))
+    text = shown(facts_table(Path("bundle"), usual))
+    assert not any(word in text for word in ("law of z", "classes", "objective"))
+    spec = TINY.with_overrides(
+        ["model.latent={kind: mixture, beta: 0.5, components: 3}", "model.condition={classes: [cat, dog]}",
+         "model.critic={}", "objective.adversary={weight: 2.0}", "objective.loss={kind: mse, weight: 50}",
+         "objective.corruption=[{kind: noise, sigma: 0.1}]", "objective.encoder_steps=3", "training.select=last"]
+    )  # fmt: skip
+    text = shown(facts_table(Path("bundle"), usual | {"spec": spec.model_dump(mode="json")}))
+    for line in (
+        "mixture, beta 0.5, components 3",
+        "2 (cat, dog), marginalised",
+        "loss mse, weight 50.0; corruption by noise; adversary, weight 2.0; 3 encoder steps more; critic of pictures",
+    ):
+        assert line in text
 
 
 def test_the_policy_is_one_sentence_that_names_its_numbers(tiny_detector):

@@ -203,12 +203,37 @@ def test_a_threshold_is_drawn_where_there_is_one_and_nowhere_else(tiny, few):
 
 def test_a_training_page_has_every_members_curves(few):
     page, members = few[0], TINY.calibration.folds
-    assert {name: len(page.charts[name]["data"]) for name in ("loss", "reconstruction", "kl")} == {
+    assert {name: len(page.charts[name]["data"]) for name in ("loss", "reconstruction", "latent")} == {
         "loss": 2 * members,
         "reconstruction": members,
-        "kl": members,
+        "latent": members,
     }
-    assert all(len(trace["x"]) == len(trace["y"]) > 1 for trace in page.charts["kl"]["data"])
+    assert all(len(trace["x"]) == len(trace["y"]) > 1 for trace in page.charts["latent"]["data"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "course", "cost", "shown"),
+    [
+        ("contractive", "joint", "Jacobian", True),
+        ("adversarial", "joint", "critic", True),
+        ("adversarial", "greedy", "critic", False),
+    ],
+)
+def test_a_training_page_calls_the_cost_of_the_code_by_its_name(kind, course, cost, shown, tmp_path):
+    spec = TINY.with_overrides(
+        ["model.network={kind: mlp, hidden: [24]}", "training.steps=20", "training.select=last",
+         "calibration.few_normals=0", "scores=[{kind: squared_error}]", "verdict=squared_error",
+         f"model.latent={{kind: {kind}, size: 4}}", f"objective.course={{kind: {course}, share: 0.99}}"]
+    )  # fmt: skip
+    trained = train(spec, write_digits(tmp_path / "digits", count=160), tmp_path / "bundle", device="cpu")
+    page = Page(training_report(trained, "what is promised"))
+    assert trained.metrics["latent_cost"] == cost
+    assert ("latent" in page.charts) == shown
+    assert "KL" not in "".join(page.texts["figcaption"])
+    assert any(f"{cost}: what the code costs" in text for text in page.texts["figcaption"]) == shown
+    if shown:
+        assert page.charts["latent"]["layout"]["yaxis"]["title"]["text"] == f"{cost} per picture"
+        assert page.charts["loss"]["layout"]["yaxis"]["title"]["text"] == "loss per picture"
 
 
 def test_bars_add_up_and_lie_on_one_side_of_the_threshold():
