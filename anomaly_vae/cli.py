@@ -4,7 +4,6 @@ Exit codes: 0 done; 1 something failed that is not the user's doing; 2 a mistake
 the data; 4 some images could not be read; 130 interrupted.
 """
 
-import json
 import os
 import sys
 from importlib.metadata import entry_points
@@ -13,11 +12,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anomaly_vae import __version__
+from anomaly_vae import __version__, cli_looking
+from anomaly_vae.cli_common import (
+    Alpha,
+    AsJson,
+    BundleArgument,
+    DataOverride,
+    Device,
+    Override,
+    data_spec_of,
+    engine_of,
+    print_json,
+)
 from anomaly_vae.errors import AnomalyVaeError, ConfigError
 
 if TYPE_CHECKING:
-    from anomaly_vae.data import DataSpec
     from anomaly_vae.engine import Engine
     from anomaly_vae.evaluation import Evaluation
     from anomaly_vae.recipe import DetectorSpec
@@ -31,18 +40,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done, 1 failed, 2 a mistake in command, configuration or data, 4 some images unreadable.",
 )
-
-Override = Annotated[
-    list[str] | None, typer.Option("-o", "--override", metavar="KEY.SUB=VALUE", help="Change one setting.")
-]
-DataOverride = Annotated[
-    list[str] | None,
-    typer.Option("-o", "--override", metavar="data.KEY=VALUE", help="Change how the folder is read."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto.")]
-BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder written by train.")]
-Alpha = Annotated[float | None, typer.Option(help="Another false-alarm rate than the bundle's.")]
 
 
 def main() -> None:
@@ -75,7 +72,6 @@ def _version(
         raise typer.Exit
 
 
-@app.command()
 def train(
     config: Annotated[Path | None, typer.Argument(help="YAML file; see configs/models.")] = None,
     *,
@@ -146,13 +142,12 @@ def _tell_trained(trained: "Trained", as_json: bool) -> None:
     for remark in trained.notes:
         console.note(f"note: {remark}")
     if as_json:
-        _print_json(trained.to_dict())
+        print_json(trained.to_dict())
         return
     for line in console.trained_lines(trained):
         console.say(line)
 
 
-@app.command()
 def evaluate(
     bundle: BundleArgument,
     *,
@@ -173,12 +168,12 @@ def evaluate(
         from anomaly_vae.reporting import check_report
 
         check_report(report)
-    engine = _engine(bundle, device, alpha)
-    evaluation = run(engine, data, _data_spec(engine, override or []))
+    engine = engine_of(bundle, device, alpha)
+    evaluation = run(engine, data, data_spec_of(engine, override or []))
     if report is not None:
         _report_evaluation(report, bundle, data, engine, evaluation)
     if as_json:
-        _print_json(evaluation.to_dict() | {"version": engine.detector.version})
+        print_json(evaluation.to_dict() | {"version": engine.detector.version})
         return
     if evaluation.excluded:
         console.note(f"left out {evaluation.excluded} pictures that the detector was made from")
@@ -207,7 +202,6 @@ def _report_evaluation(place: Path, bundle: Path, data: str, engine: "Engine", e
     console.note(f"report: {place}")
 
 
-@app.command()
 def score(
     bundle: BundleArgument,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Picture files.")],
@@ -220,9 +214,9 @@ def score(
     from anomaly_vae import console
     from anomaly_vae.scoring import score_files
 
-    rows = score_files(_engine(bundle, device, alpha), images, heatmap)
+    rows = score_files(engine_of(bundle, device, alpha), images, heatmap)
     if as_json:
-        _print_json({"results": rows})
+        print_json({"results": rows})
     else:
         console.out.print(console.verdict_table(rows))
         if heatmap is not None:
@@ -231,7 +225,6 @@ def score(
         raise typer.Exit(4)
 
 
-@app.command()
 def scan(
     bundle: BundleArgument,
     folder: Annotated[Path, typer.Argument(help="Folder, searched recursively.")],
@@ -246,7 +239,7 @@ def scan(
     from anomaly_vae import console
     from anomaly_vae.scanning import scan as run
 
-    engine = _engine(bundle, device, alpha, batch_size)
+    engine = engine_of(bundle, device, alpha, batch_size)
     view = console.ScanView()
     try:
         tally = run(engine, folder, out, view)
@@ -256,7 +249,7 @@ def scan(
     finally:
         view.close()
     if as_json:
-        _print_json({"out": str(out), "version": engine.detector.version, **vars(tally)})
+        print_json({"out": str(out), "version": engine.detector.version, **vars(tally)})
         raise typer.Exit(4 if tally.errors else 0)
     rate = tally.outliers / max(tally.images, 1)
     console.say(
@@ -269,34 +262,6 @@ def scan(
     raise typer.Exit(4 if tally.errors else 0)
 
 
-@app.command()
-def explore(
-    bundle: BundleArgument,
-    *,
-    out: Annotated[Path, typer.Option(help="Folder to write the pictures and index.html to.")],
-    data: Annotated[str | None, typer.Option(help="Folder of pictures; without it only what needs none.")] = None,
-    override: DataOverride = None,
-    add: Annotated[list[str] | None, typer.Option(metavar="A-B", help="Add the difference of two labels to B.")] = None,
-    alpha: Annotated[str, typer.Option(help="How many times to add it.")] = "0.5,1,1.5,2",
-    seed: Annotated[int, typer.Option(min=0, help="Another one draws other samples and pictures.")] = 0,
-    device: Device = "auto",
-    as_json: AsJson = False,
-) -> None:
-    """Look into the latent space: samples, reconstructions, traversals, sums, maps, extremes."""
-    from anomaly_vae import console
-    from anomaly_vae.exploring import alphas_of
-    from anomaly_vae.exploring import explore as run
-
-    engine, alphas = _engine(bundle, device, None), alphas_of(alpha)
-    explored = run(engine, bundle, out, data, _data_spec(engine, override or []), add or [], alphas, seed)
-    if as_json:
-        _print_json(explored.to_dict())
-        return
-    for line in [*explored.notes, *explored.lines()]:
-        console.say(line)
-
-
-@app.command()
 def serve(
     bundle: BundleArgument,
     config: Annotated[Path | None, typer.Option(help="YAML file; see configs/service.yaml.")] = None,
@@ -309,45 +274,6 @@ def serve(
     _service_command("serve")(bundle, config, host, port, device, override or [])
 
 
-@app.command()
-def info(bundle: BundleArgument, as_json: AsJson = False) -> None:
-    """Show what a bundle is, what its verdicts promise and how it was made."""
-    from anomaly_vae import console
-    from anomaly_vae.bundle import read_bundle
-    from anomaly_vae.describing import bundle_facts, facts_table
-    from anomaly_vae.detector import Detector
-
-    detector, stored = Detector.load(bundle), read_bundle(bundle)
-    facts = bundle_facts(detector, stored)
-    if as_json:
-        _print_json(facts)
-    else:
-        console.out.print(facts_table(bundle, facts))
-        console.say(console.policy_line(detector))
-
-
-@app.command()
-def check(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder of pictures, CSV manifest, or NAME:ROOT.")],
-    override: DataOverride = None,
-    as_json: AsJson = False,
-) -> None:
-    """Look through a folder before training: duplicates, leaks, odd ones, unreadable files, smallest alpha."""
-    from anomaly_vae import console
-    from anomaly_vae.checking import check as run
-    from anomaly_vae.recipe import DetectorSpec
-
-    report = run(folder, DetectorSpec().with_overrides(_only_data(override or [])).data)
-    if as_json:
-        _print_json(report.to_dict())
-        return
-    for line in report.lines():
-        console.say(line)
-    if report.outlook.problem:
-        raise typer.Exit(2)
-
-
-@app.command()
 def demo(
     check: Annotated[bool, typer.Option(help="Exit after the demo, non-zero if anything falls short.")] = False,
     folder: Annotated[Path, typer.Option(help="Where the demo's pictures and bundle go.")] = Path(".demo"),
@@ -357,25 +283,6 @@ def demo(
     _service_command("demo")(check, folder, port)
 
 
-def _engine(bundle: Path, device: str, alpha: float | None, max_batch: int = 32) -> "Engine":
-    from anomaly_vae.detector import Detector
-    from anomaly_vae.engine import Engine, pick_device
-
-    detector = Detector.load(bundle, pick_device(device))
-    return Engine(detector.with_policy(alpha) if alpha is not None else detector, device, max_batch)
-
-
-def _data_spec(engine: "Engine", overrides: list[str]) -> "DataSpec":
-    return engine.detector.spec.with_overrides(_only_data(overrides)).data
-
-
-def _only_data(overrides: list[str]) -> list[str]:
-    for text in overrides:
-        if not text.startswith("data."):
-            raise ConfigError(f"override {text!r}: only data.* settings, such as data.normal=[good], apply here")
-    return overrides
-
-
 def _service_command(name: str) -> Any:
     found = entry_points(group="anomaly_vae.commands", name=name)
     if not found:
@@ -383,10 +290,22 @@ def _service_command(name: str) -> Any:
     return next(iter(found)).load()
 
 
-def _print_json(facts: Any) -> None:
-    typer.echo(json.dumps(facts, indent=2, allow_nan=False))
-
-
 def _fail(message: str, code: int) -> None:
     typer.echo(f"error: {message}", err=True)
     sys.exit(code)
+
+
+# `--help` lists them in this order.
+for _command in (
+    train,
+    evaluate,
+    score,
+    scan,
+    cli_looking.explore,
+    cli_looking.classify,
+    serve,
+    cli_looking.info,
+    cli_looking.check,
+    demo,
+):
+    app.command()(_command)
