@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from anomaly_vae.errors import ConfigError as ConfigError
     from anomaly_vae.errors import DataError as DataError
     from anomaly_vae.errors import TrainingError as TrainingError
+    from anomaly_vae.estimator import VAEOutlierDetector as VAEOutlierDetector
     from anomaly_vae.images import ImageSpec as ImageSpec
     from anomaly_vae.recipe import DetectorSpec as DetectorSpec
     from anomaly_vae.rendering import heatmap_png as heatmap_png
@@ -45,6 +46,7 @@ _HOME = {
     "Policy": "detector",
     "Spec": "spec",
     "TrainingError": "errors",
+    "VAEOutlierDetector": "estimator",
     "heatmap_png": "rendering",
     "override": "spec",
     "parse_yaml": "spec",
