@@ -19,6 +19,8 @@ from anomaly_vae.spec import Spec
 Scale = Literal["optimal", "learned"] | float
 MIN_LOG_SCALE = -5.0
 """Lower bound of log sigma: below 1/150 of the grey range a scale only tells about the camera's quantisation."""
+MAX_LOGIT = 20.0
+"""The continuous Bernoulli's steepest logit: its mean is then 1/20 from black or white."""
 _MOMENTUM = 0.1
 
 
@@ -120,9 +122,14 @@ class Bernoulli(Likelihood):
 
 
 class ContinuousBernoulli(Likelihood):
-    """Continuous Bernoulli density on [0, 1] (Loaiza-Ganem and Cunningham 2019, eq. 7); for near-binary greys."""
+    """Continuous Bernoulli density on [0, 1] (Loaiza-Ganem and Cunningham 2019, eq. 7); for near-binary greys.
+
+    The logit is softly bounded: a pixel that is always black would be worth the more nats the larger its logit, without
+    end, and training would chase those nats instead of strokes.
+    """
 
     def mean(self, output: Tensor) -> Tensor:
+        output = _bounded(output)
         near = output.abs() < 0.1
         safe = torch.where(near, torch.ones_like(output), output)
         exact = torch.sigmoid(safe) / (2 * torch.sigmoid(safe) - 1) + 0.5 / torch.atanh(1 - 2 * torch.sigmoid(safe))
@@ -130,6 +137,7 @@ class ContinuousBernoulli(Likelihood):
         return torch.where(near, 0.5 + output / 12 - output**3 / 720, exact)
 
     def log_prob(self, output: Tensor, x: Tensor) -> Tensor:
+        output = _bounded(output)
         return -F.binary_cross_entropy_with_logits(output, x, reduction="none") + self._log_constant(output)
 
     @staticmethod
@@ -198,6 +206,10 @@ class ContinuousBernoulliSpec(Spec):
 LikelihoodSpec = Annotated[
     GaussianSpec | LaplaceSpec | BernoulliSpec | ContinuousBernoulliSpec, Field(discriminator="kind")
 ]
+
+
+def _bounded(logit: Tensor) -> Tensor:
+    return MAX_LOGIT * torch.tanh(logit / MAX_LOGIT)
 
 
 def softly_above(value: Tensor, bound: float) -> Tensor:

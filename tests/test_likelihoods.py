@@ -50,6 +50,14 @@ def test_continuous_bernoulli_integrates_to_one_and_knows_its_mean():
         assert law.mean(output[..., :1]).item() == pytest.approx(mean, abs=1e-4)
 
 
+def test_a_black_pixel_is_worth_a_bounded_number_of_nats():
+    law = build({"kind": "continuous_bernoulli"})
+    output = torch.tensor([-30.0, -300.0, -3e4]).view(3, 1, 1, 1)
+    worth = law.log_prob(output, torch.zeros(3, 1, 1, 1)).flatten()
+    assert worth.max() < 3.1, "log of the density at black: that of a mean of 1/20"
+    assert worth.max() - worth.min() < 0.2
+
+
 def test_bernoulli_sums_to_one():
     law = build({"kind": "bernoulli"})
     output = outputs(law)
