@@ -206,6 +206,9 @@ def score(
     bundle: BundleArgument,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Picture files.")],
     heatmap: Annotated[Path | None, typer.Option(help="Write a heat map of each picture into this folder.")] = None,
+    class_name: Annotated[
+        str | None, typer.Option("--class", help="Class of the pictures, for a bundle that must be told it.")
+    ] = None,
     alpha: Alpha = None,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -214,7 +217,7 @@ def score(
     from anomaly_vae import console
     from anomaly_vae.scoring import score_files
 
-    rows = score_files(engine_of(bundle, device, alpha), images, heatmap)
+    rows = score_files(engine_of(bundle, device, alpha), images, heatmap, class_name)
     if as_json:
         print_json({"results": rows})
     else:

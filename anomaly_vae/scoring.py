@@ -10,15 +10,25 @@ from anomaly_vae.rendering import heatmap_png
 from anomaly_vae.scanning import printable, read_picture
 
 
-def score_files(engine: Engine, paths: list[Path], heatmaps: Path | None = None) -> list[dict[str, Any]]:
-    """One row a file: verdict, or `error` in one line. Heat maps go to `heatmaps`/NAME.heatmap.png."""
+def score_files(
+    engine: Engine, paths: list[Path], heatmaps: Path | None = None, class_name: str | None = None
+) -> list[dict[str, Any]]:
+    """One row a file: verdict, or `error` in one line. Heat maps go to `heatmaps`/NAME.heatmap.png.
+
+    `class_name`: that of all the pictures, for a conditional detector that must be told it.
+    """
+    # A class that is unknown, missing or not wanted is the command's mistake, not that of a picture.
+    engine.detector.numbers_of(None if class_name is None else [class_name])
     if heatmaps is not None:
         try:
             heatmaps.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f"cannot make the folder {heatmaps}: {error.strerror}; choose another --heatmap") from None
     names = _names(paths)
-    return [_score_file(engine, path, heatmaps and heatmaps / name) for path, name in zip(paths, names, strict=True)]
+    return [
+        _score_file(engine, path, heatmaps and heatmaps / name, class_name)
+        for path, name in zip(paths, names, strict=True)
+    ]
 
 
 def _names(paths: list[Path]) -> list[str]:
@@ -32,7 +42,7 @@ def _names(paths: list[Path]) -> list[str]:
     return names
 
 
-def _score_file(engine: Engine, path: Path, place: Path | None) -> dict[str, Any]:
+def _score_file(engine: Engine, path: Path, place: Path | None, class_name: str | None) -> dict[str, Any]:
     row: dict[str, Any] = {"path": printable(path), "error": None}
     if path.is_dir():
         return row | {"error": "it is a folder; use: anomaly-vae scan"}
@@ -44,7 +54,7 @@ def _score_file(engine: Engine, path: Path, place: Path | None) -> dict[str, Any
         return row | {"error": str(error)}
     except OSError as error:
         return row | {"error": f"cannot be read: {error.strerror}"}
-    judged = engine.judge(image[None], heat=place is not None)
+    judged = engine.judge(image[None], place is not None, None if class_name is None else [class_name])
     row |= judged.row(0) | {"version": judged.version}
     if place is not None and judged.heat is not None:
         try:
