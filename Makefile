@@ -3,13 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 2
 PORT ?= 8765
+DATA ?= ../shared/data
+FACES ?= $(DATA)/faces_london
 
-.PHONY: help install demo test lint types wheel-check clean
+.PHONY: help install demo faces latents test seeds lint types wheel-check clean
 
 help:
 	@echo "make demo         train, calibrate, serve and score once, on handwritten digits (CHECK=1: stop, fail if short)"
+	@echo "make faces        the lecture's exercise, about 20 minutes; FACES=DIR holds neutral/ and smiling/ (QUICK=1: a minute)"
+	@echo "make latents      faces that smile by arithmetic, digits in 2 and 28 latents; about 10 minutes (DATA as for seeds)"
 	@echo "make test         lint, types and the whole test suite"
 	@echo "make wheel-check  install the built wheel into an empty environment and run the demo's check there"
+	@echo "make seeds        train every preset briefly on the real pictures in DATA, and print tables (QUICK=1: a few steps)"
 	@echo "make clean        remove what these made"
 
 install: .venv/.installed
@@ -25,6 +30,12 @@ install: .venv/.installed
 
 demo: .venv/.installed
 	$(BIN)/anomaly-vae demo --folder .demo --port $(PORT) $(if $(CHECK),--check)
+
+faces: .venv/.installed
+	$(BIN)/python benchmarks/faces.py $(FACES) --out build/faces $(if $(QUICK),--quick)
+
+latents: .venv/.installed
+	$(BIN)/python benchmarks/latents.py --faces $(FACES) --mnist $(DATA)/mnist --out build/latents $(ARGS)
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
@@ -43,6 +54,9 @@ wheel-check: .venv/.installed-dev
 	$(PYTHON) -m venv build/wheel/env
 	build/wheel/env/bin/pip install --quiet build/wheel/*.whl
 	cd build/wheel && env/bin/anomaly-vae demo --check --folder demo
+
+seeds: .venv/.installed
+	$(BIN)/python benchmarks/seeds.py --data $(DATA) --out build/seeds/seeds.json $(if $(QUICK),--quick) $(ARGS)
 
 clean:
 	rm -rf .venv .demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
