@@ -1,7 +1,7 @@
 """Learning against a critic with one optimiser and one step (Goodfellow et al. 2014, the non-saturating losses).
 
 The critic's loss sees the generator's output cut off from its gradient; the generator's loss goes through the critic
-`frozen`. Their sum therefore moves each by its own loss alone, and a run stays resumable to the bit.
+`frozen`. Their sum therefore gives each the gradient of its own loss alone, and a run stays resumable to the bit.
 """
 
 from collections.abc import Iterator

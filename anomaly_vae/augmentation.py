@@ -55,5 +55,7 @@ def _viewed(x: Tensor, mirror: Tensor, angle: Tensor, scale: Tensor, shift: Tens
         torch.stack([cos * mirror[:, 0], -sin * ratio * mirror[:, 1], shift[:, 0]], 1),
         torch.stack([sin / ratio * mirror[:, 0], cos * mirror[:, 1], shift[:, 1]], 1),
     ]
-    grid = F.affine_grid(torch.stack(rows, 1), list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    # In bfloat16 a grid is off by up to half a pixel; and weights that sum to 1 may round above it.
+    with torch.autocast(x.device.type, enabled=False):
+        grid = F.affine_grid(torch.stack(rows, 1), list(x.shape), align_corners=False)
+        return F.grid_sample(x, grid, padding_mode="border", align_corners=False).clamp(0, 1)

@@ -31,7 +31,9 @@ class Engine:
         image = self.detector.image
         for size in self._buckets():
             blank = torch.zeros((size, image.channels, image.height, image.width), dtype=torch.uint8)
-            self.detector.judge(blank, heat=True)
+            condition = self.detector.spec.model.condition
+            classes = [condition.classes[0]] * size if condition and self.detector.wants_classes else None
+            self.detector.judge(blank, True, classes)
 
     def prepare(self, data: bytes) -> Tensor:
         """A picture's bytes as uint8 (C, H, W); raises `BadImage`."""

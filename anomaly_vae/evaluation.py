@@ -122,7 +122,12 @@ def evaluate(engine: Engine, root: Path | str, data: DataSpec | None = None) -> 
     first[np.unique(pictures.fingerprints, return_index=True)[1]] = True
     # A copy of a test picture is no second test.
     known |= ~first
-    test = np.nonzero(~known & _in_test(pictures))[0]
+    candidates = ~known & _in_test(pictures)
+    if detector.wants_classes:
+        # Of what class a picture from any other folder is, nobody can tell.
+        assert detector.spec.model.condition is not None
+        candidates &= np.isin([item.label for item in pictures.items], detector.spec.model.condition.classes)
+    test = np.nonzero(candidates)[0]
     if not len(test):
         raise DataError(f"{root} holds no picture that this detector was not made from; give it held-out pictures")
     started = time.monotonic()

@@ -13,10 +13,13 @@ from anomaly_vae.engine import pick_device
 from anomaly_vae.errors import ConfigError
 
 
-def make_fabric(device: str, precision: Literal["auto", "32-true", "bf16-mixed"], tensorboard: Path | None) -> Fabric:
+def make_fabric(
+    device: str, precision: Literal["auto", "32-true", "bf16-mixed"], tensorboard: Path | None, parts_rest: bool = False
+) -> Fabric:
     """A launched Fabric on `device`; under torchrun one of its processes.
 
-    `precision` `auto`: bfloat16 mixed precision on NVIDIA GPUs that have it, float32 elsewhere.
+    `precision` `auto`: bfloat16 mixed precision on NVIDIA GPUs that have it, float32 elsewhere. `parts_rest`: some
+    weights take no part in some steps, which several processes must be told.
     """
     chosen = pick_device(device)
     if precision == "auto":
@@ -26,6 +29,7 @@ def make_fabric(device: str, precision: Literal["auto", "32-true", "bf16-mixed"]
     devices: int | list[int] = processes
     if processes == 1 and chosen.type == "cuda":
         devices = [chosen.index or 0]
+    many = int(os.environ.get("WORLD_SIZE", "1")) > 1
     with warnings.catch_warnings():
         # Fabric recommends its own launcher and its users' shared-memory settings; neither helps here.
         warnings.simplefilter("ignore")
@@ -33,7 +37,7 @@ def make_fabric(device: str, precision: Literal["auto", "32-true", "bf16-mixed"]
             accelerator=chosen.type,
             devices=devices,
             num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")),
-            strategy="ddp" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "auto",
+            strategy=("ddp_find_unused_parameters_true" if parts_rest else "ddp") if many else "auto",
             precision=precision,
             loggers=_logger(tensorboard),
         )

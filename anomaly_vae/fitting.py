@@ -183,7 +183,10 @@ class Fitting:
             return torch.randperm(len(self.train), generator=generator).numpy()
         self.wrapped.eval()
         weights = rarity_weights(self._codes(self.train)[0], self.spec.rarity.bins, self.spec.rarity.smoothing)
-        return torch.multinomial(weights, len(self.train), replacement=True, generator=generator).numpy()
+        order = torch.multinomial(weights, len(self.train), replacement=True, generator=generator)
+        # Buffers differ a little between processes, and all must take the same pictures.
+        shared: Tensor = self.fabric.broadcast(order)
+        return shared.cpu().numpy()
 
     def _step(self, step: int, indices: Indices, images: Tensor) -> Loss:
         self._set_learning_rate(step)
@@ -212,7 +215,7 @@ class Fitting:
         noise = noise[self.fabric.global_rank :: self.fabric.world_size].to(x.device)
         chance = seed_of(self.seed, f"chance{name} {self.fabric.global_rank}", step)
         self.optimizer.zero_grad()
-        with self._seeded(step):
+        with self._seeded(f"dropout{name}", step):
             loss: Loss = self.wrapped(x, noise, progress, chance, label)
         self.fabric.backward(loss.total)
         if learners is not None:
@@ -233,10 +236,10 @@ class Fitting:
         """Classes of these pictures on the device."""
         return None if self.labels is None else self.labels[torch.from_numpy(indices)].to(self.fabric.device)
 
-    def _seeded(self, step: int) -> AbstractContextManager[None]:
+    def _seeded(self, name: str, step: int) -> AbstractContextManager[None]:
         """PyTorch's dropout draws from the global generator alone; seed that for the step and give it back."""
         return (
-            _global_seed(seed_of(self.seed, f"dropout {self.fabric.global_rank}", step))
+            _global_seed(seed_of(self.seed, f"{name} {self.fabric.global_rank}", step))
             if self.has_dropout
             else nullcontext()
         )

@@ -245,7 +245,8 @@ class MixtureLaw(LatentLaw):
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         shares = self.logits.detach().softmax(0).to(generator.device)
         chosen = torch.multinomial(shares, count, replacement=True, generator=generator)
-        means, logvars = self.means.detach().to(generator.device), self.logvars.detach().to(generator.device)
+        means = self.means.detach().to(generator.device)
+        logvars = self.logvars.detach().clamp(*_LOGVAR_RANGE).to(generator.device)
         return means[chosen] + (0.5 * logvars[chosen]).exp() * super().draw(count, generator)
 
 

@@ -132,7 +132,8 @@ class ContinuousBernoulli(Likelihood):
         output = _bounded(output)
         near = output.abs() < 0.1
         safe = torch.where(near, torch.ones_like(output), output)
-        exact = torch.sigmoid(safe) / (2 * torch.sigmoid(safe) - 1) + 0.5 / torch.atanh(1 - 2 * torch.sigmoid(safe))
+        # lambda / (2 lambda - 1) + 1 / (2 atanh(1 - 2 lambda)) of the paper, with lambda = sigmoid(logit).
+        exact = 0.5 + 0.5 / torch.tanh(safe / 2) - 1 / safe
         # With lambda = sigmoid(logit) the mean is 1/2 + logit/12 - logit^3/720 + ... around the removable pole.
         return torch.where(near, 0.5 + output / 12 - output**3 / 720, exact)
 

@@ -42,7 +42,9 @@ class LossSpec(Spec):
 
 
 def _cross_entropy(mean: Tensor, x: Tensor) -> Tensor:
-    return F.binary_cross_entropy(mean.clamp(1e-6, 1 - 1e-6), x, reduction="none")
+    """Written out: PyTorch's own is forbidden under mixed precision and where x is above 1 by a rounding."""
+    mean = mean.float()
+    return -(x * mean.clamp_min(1e-6).log() + (1 - x) * (1 - mean).clamp_min(1e-6).log())
 
 
 _PER_PIXEL = {
@@ -98,21 +100,53 @@ class ObjectiveSpec(Spec):
 
     def problem(self, model: ModelSpec) -> str | None:
         """Why it cannot be minimised by such a model; None where it can."""
-        if (self.adversary is not None or self.course.kind == "generator_first") and model.critic is None:
-            return "objective.adversary and generator_first need a critic; set model.critic"
-        if model.critic is not None and self.adversary is None:
-            return "model.critic would never learn; set objective.adversary"
-        if self.course.kind == "generator_first" and not model.latent.has_prior:
-            return "generator_first draws z from a prior; set model.latent.prior to normal, or another latent law"
-        if self.course.kind == "generator_first" and model.network.sees_input:
-            return "a generator has no picture to skip from; set model.network.skips to false"
-        if self.course.kind == "greedy" and (model.network.sees_input or getattr(model.network, "latent_skips", False)):
-            return "greedy pre-training takes one pair of stages at a time; set the network's skips to false"
-        if self.course.kind == "greedy" and (model.condition or self.adversary):
-            return "greedy pre-training knows neither classes nor critics; leave out model.condition and model.critic"
-        if self.adversary is not None and model.network.sees_input:
-            return "a critic's samples have no picture to skip from; set model.network.skips to false"
-        return None
+        return next((says for wrong, says in self._rules(model) if wrong), None)
+
+    def _rules(self, model: ModelSpec) -> Iterator[tuple[bool, str]]:
+        """What must not be, and what to do about it."""
+        critic, network, latent, kind = model.critic, model.network, model.latent, self.course.kind
+        greedy, first = kind == "greedy", kind == "generator_first"
+        skips = network.sees_input or getattr(network, "latent_skips", False)
+        yield (
+            critic is None and (first or self.adversary is not None),
+            "objective.adversary and generator_first need a critic; set model.critic",
+        )
+        yield (
+            critic is not None and self.adversary is None,
+            "model.critic would never learn; set objective.adversary",
+        )
+        yield (
+            self.loss.kind == "bce" and not getattr(model.likelihood, "squash", True),
+            "bce wants pictures between 0 and 1 from the decoder; set model.likelihood.squash to true",
+        )
+        yield (
+            self.adversary is not None and network.sees_input,
+            "a critic's samples have no picture to skip from; set model.network.skips to false",
+        )
+        yield (
+            first and not latent.has_prior,
+            "generator_first draws z from a prior; set model.latent.prior to normal, or another latent law",
+        )
+        yield (
+            first and self.encoder_steps > 0,
+            "generator_first fits the encoder alone anyway; set objective.encoder_steps to 0",
+        )
+        yield (
+            first and critic is not None and getattr(critic.network, "norm", "none") == "batch",
+            "the critic must stand still while the encoder learns; set model.critic.network.norm to group",
+        )
+        yield (
+            greedy and skips,
+            "greedy pre-training takes one pair of stages at a time; set the network's skips to false",
+        )
+        yield (
+            greedy and (model.condition is not None or self.adversary is not None or not latent.comparable),
+            "greedy pre-training knows neither classes nor critics; leave out model.condition and critics",
+        )
+        yield (
+            greedy and (latent.kind == "contractive" or bool(self.corruption)),
+            "greedy pre-training rarely sees the picture; leave out objective.corruption and contractive codes",
+        )
 
 
 class Loss(NamedTuple):
@@ -249,7 +283,7 @@ class Objective(nn.Module):
         context = Context(model.embed(label))
         z = model.law.draw(len(x), generator)
         fake = model.likelihood.mean(model.decode(z, context).float())
-        total = self._fooled(fake, context) + self._told_apart(x, fake.detach(), context, context)
+        total = adversary.weight * self._fooled(fake, context) + self._told_apart(x, fake.detach(), context, context)
         nothing = total.new_full((), math.nan)
         return Loss(total, nothing, nothing)
 
@@ -257,10 +291,13 @@ class Objective(nn.Module):
         """A step of the pair of stages whose turn it is: rebuild what the stages before it make of x."""
         model, k = self.model, self._pair(progress)
         stages, last = model.encoder.stages, len(model.encoder.stages) - 1
+        # What stands still must answer always the same: no dropout, and statistics that do not move.
+        stages[:k].eval()
         with torch.no_grad():
             given = x
             for stage in stages[:k]:
                 given = stage(given)
+        stages[:k].train()
         hidden, cost = stages[k](given), given.new_zeros(())
         if k == last:
             posterior = model.law.posterior(hidden).float()

@@ -174,7 +174,10 @@ class DetectorSpec(Spec):
     @model_validator(mode="after")
     def _network_fits_image(self) -> Self:
         if self.image is not None:
-            self.model.network.plan((self.image.channels, self.image.height, self.image.width))
+            shape = (self.image.channels, self.image.height, self.image.width)
+            self.model.network.plan(shape)
+            if self.model.critic is not None:
+                self.model.critic.network.plan(shape)
         return self
 
     @property

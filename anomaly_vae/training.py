@@ -88,7 +88,7 @@ def train(
     # An alpha that these pictures cannot support is refused now, not after an hour of training.
     groups = group_count(pictures, parts)
     policy_of(blank_calibration(parts, groups), spec.calibration.alpha, spec.calibration.mode)
-    fabric = make_fabric(device, spec.training.precision, tensorboard)
+    fabric = make_fabric(device, spec.training.precision, tensorboard, spec.objective.course.kind != "joint")
     work = out.absolute().with_name(f".{out.name}.training")
     _open_work(work, _identity(spec, pictures, parts, fabric), restart, fabric, say)
     members, fitted = [], []
@@ -300,6 +300,8 @@ def _collapse_notes(spec: DetectorSpec, fitted: list[Fitted]) -> list[str]:
         return []
     remedy = "-o model.latent.beta=0.1" if spec.model.latent.has_kl else "-o model.latent.weight=0.1"
     remedy += " or -o model.latent.free_bits=0.1" if spec.model.latent.kind == "gaussian" else ""
+    if spec.model.latent.kind == "point":
+        remedy = f"-o training.learning_rate={spec.training.learning_rate / 4:g}"
     return [f"collapse in member {', '.join(collapsed)}: no latent carries information; try {remedy}"]
 
 

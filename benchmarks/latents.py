@@ -81,6 +81,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--side", type=int, default=64, help="pixels of a face's side")
     parser.add_argument("--epochs", type=int, default=320, help="epochs of the faces")
     parser.add_argument("--steps", type=int, default=4000, help="steps of the digits")
+    parser.add_argument("--as-they-are", action="store_true", help="do not bring the faces to one height")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--override", action="append", default=[], help="KEY.SUB=VALUE for the faces' recipe")
     options = parser.parse_args()
@@ -124,6 +125,8 @@ def aligned(options: argparse.Namespace) -> tuple[Path, int]:
     """
     found = faces_framing.open_faces(options.faces, argparse.Namespace(first=options.people, people=options.people))
     shift = int(np.median(faces_framing.shifts(found, options.people)))
+    if options.as_they_are:
+        return options.faces, shift
     return faces_framing.write_aligned(found, shift, options.out / "aligned"), shift
 
 

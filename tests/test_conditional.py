@@ -46,19 +46,13 @@ def normals(folder, bundle):
 
 
 def test_false_alarms_are_those_that_were_promised(bundle, folder):
-    evaluation = evaluate(Engine(Detector.load(bundle), "cpu"), folder) if bundle.name == "marginalised" else None
-    if evaluation is None:
-        detector = Detector.load(bundle)
-        pictures = open_pictures(folder, detector.spec.data, detector.image)
-        rows = [
-            i
-            for i, item in enumerate(pictures.items)
-            if item.normal and pictures.fingerprints[i] not in set(detector.seen.tolist())
-        ]
-        judged = detector.judge(pictures.images(rows), classes=[pictures.items[i].label for i in rows])
-        assert np.mean(np.array(judged.p_value) <= 0.2) < 0.35
-        return
-    assert evaluation.quality.auroc > 0.85
+    engine = Engine(Detector.load(bundle), "cpu")
+    engine.warm()
+    evaluation = evaluate(engine, folder)
+    if bundle.name == "given":
+        assert evaluation.n_abnormal == 0, "of what class another digit is, nobody can tell"
+    else:
+        assert evaluation.quality.auroc > 0.85
     low, high = evaluation.false_alarm_interval
     assert low - 3 <= evaluation.false_alarms <= high + 3
 

@@ -56,6 +56,11 @@ def test_a_black_pixel_is_worth_a_bounded_number_of_nats():
     worth = law.log_prob(output, torch.zeros(3, 1, 1, 1)).flatten()
     assert worth.max() < 3.1, "log of the density at black: that of a mean of 1/20"
     assert worth.max() - worth.min() < 0.2
+    steep = torch.tensor([-300.0, -25.0, 25.0, 300.0]).view(4, 1, 1, 1).requires_grad_()
+    mean = law.mean(steep)
+    torch.testing.assert_close(mean.flatten(), torch.tensor([0.05, 0.05, 0.95, 0.95]), atol=0.01, rtol=0)
+    mean.sum().backward()
+    assert torch.isfinite(steep.grad).all()
 
 
 def test_bernoulli_sums_to_one():
