@@ -216,7 +216,7 @@ def test_a_training_page_has_every_members_curves(few):
     [
         ("contractive", "joint", "Jacobian", True),
         ("adversarial", "joint", "critic", True),
-        ("adversarial", "greedy", "critic", False),
+        ("sparse", "greedy", "penalty", False),
     ],
 )
 def test_a_training_page_calls_the_cost_of_the_code_by_its_name(kind, course, cost, shown, tmp_path):
