@@ -177,6 +177,8 @@ def evaluate(
         return
     if evaluation.excluded:
         console.note(f"left out {evaluation.excluded} pictures that the detector was made from")
+    if evaluation.classless:
+        console.note(f"left out {evaluation.classless} pictures of no class that the detector knows")
     console.say(console.power_line(engine.detector))
     if evaluation.unreadable:
         console.note(f"skipped {evaluation.unreadable} unreadable pictures")

@@ -47,13 +47,15 @@ class Evaluation:
     """Figures on pictures the detector has not seen. None where there is nothing to measure it on.
 
     `false_alarms`: flagged normals, with the central 90% interval that calibration predicts.
-    `detection_rate`: share of the abnormal flagged. `excluded`: left out, since known to the detector or a copy.
+    `detection_rate`: share of the abnormal flagged. `excluded`: left out, since known to the detector or a copy;
+    `classless`: left out, since the detector must be told a class and theirs is none of its own.
     `parts`: AUROC of each score by itself. `cases`: what the figures were counted from; `to_dict` leaves it out.
     """
 
     n_normal: int
     n_abnormal: int
     excluded: int
+    classless: int
     unreadable: int
     policy: Policy
     false_alarms: int
@@ -101,6 +103,7 @@ class Evaluation:
             "n_normal": self.n_normal,
             "n_abnormal": self.n_abnormal,
             "excluded": self.excluded,
+            "classless": self.classless,
             "unreadable": self.unreadable,
             "parts": self.parts,
             "kinds": [asdict(kind) for kind in self.kinds],
@@ -123,6 +126,7 @@ def evaluate(engine: Engine, root: Path | str, data: DataSpec | None = None) -> 
     # A copy of a test picture is no second test.
     known |= ~first
     candidates = ~known & _in_test(pictures)
+    asked = int(candidates.sum())
     if detector.wants_classes:
         # Of what class a picture from any other folder is, nobody can tell.
         assert detector.spec.model.condition is not None
@@ -135,7 +139,8 @@ def evaluate(engine: Engine, root: Path | str, data: DataSpec | None = None) -> 
     judged = list(_judge(engine, pictures, test, maps))
     seconds = time.monotonic() - started
     pixels = localisation(*zip(*maps, strict=True)) if maps else None
-    return _summarise(engine, pictures, test, judged, int(known.sum()), seconds, pixels)
+    left_out = (int(known.sum()), asked - len(test))
+    return _summarise(engine, pictures, test, judged, left_out, seconds, pixels)
 
 
 def _summarise(
@@ -143,7 +148,7 @@ def _summarise(
     pictures: Pictures,
     test: Indices,
     judged: list[Judgement],
-    excluded: int,
+    left_out: tuple[int, int],
     seconds: float,
     pixels: Localisation | None,
 ) -> Evaluation:
@@ -161,7 +166,8 @@ def _summarise(
     return Evaluation(
         n_normal=n,
         n_abnormal=len(test) - n,
-        excluded=excluded,
+        excluded=left_out[0],
+        classless=left_out[1],
         unreadable=len(pictures.unreadable),
         policy=policy,
         false_alarms=int((flagged & ~abnormal).sum()),
