@@ -5,14 +5,18 @@ score is the same number, to about 1e-7 of itself, whatever batch the image came
 """
 
 import math
+from collections.abc import Callable, Hashable
 from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from anomaly_vae.model import AutoEncoder, Context
-from anomaly_vae.posteriors import Posterior
+from anomaly_vae import von_mises_fisher
+from anomaly_vae.differentiable import Differentiable
+from anomaly_vae.latent_laws import GaussianLaw, LatentLaw
+from anomaly_vae.model import AutoEncoder, Context, beside
+from anomaly_vae.posteriors import DiagonalGaussian, Posterior, Spherical
 
 
 def wide(values: Tensor) -> Tensor:
@@ -27,11 +31,22 @@ class Observation:
         self.model, self.x, self.label = model, x, label
         self._draws: dict[tuple[int, int], list[Tensor]] = {}
         self._outputs: dict[tuple[int, int], list[Tensor]] = {}
+        self._found: dict[Hashable, Tensor] = {}
+
+    def once(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """What `compute` gives, computed at the first call with `key`; a score and its map share their work by it."""
+        if key not in self._found:
+            self._found[key] = compute()
+        return self._found[key]
+
+    def of(self, x: Tensor) -> "Observation":
+        """What the same model makes of other images under the same classes."""
+        return Observation(self.model, x, self.label)
 
     @cached_property
     def _read(self) -> tuple[Posterior, Context]:
         posterior, context = self.model.read(self.x, self.label)
-        return posterior.float(), context
+        return (posterior if posterior.mu.dtype == torch.float64 else posterior.float()), context
 
     @property
     def posterior(self) -> Posterior:
@@ -46,7 +61,11 @@ class Observation:
     @cached_property
     def output(self) -> Tensor:
         """The likelihood's raw parameters at the posterior mean."""
-        return self.model.decode(self.posterior.mu, self._read[1]).float()
+        return self._decode(self.posterior.mu)
+
+    def _decode(self, z: Tensor) -> Tensor:
+        # Some laws give z in float32 whatever they are given.
+        return _at_least_single(self.model.decode(z.to(self.x.dtype), self._read[1]))
 
     @cached_property
     def reconstruction(self) -> Tensor:
@@ -57,6 +76,39 @@ class Observation:
     def squared_error(self) -> Tensor:
         """(x - reconstruction)^2 averaged over channels, shape (B, H, W)."""
         return ((self.x - self.reconstruction) ** 2).mean(1)
+
+    @cached_property
+    def deviation(self) -> Tensor:
+        """Deviation from the mean in the likelihood's own scale, averaged over channels; shape (B, H, W), >= 0."""
+        return self.model.likelihood.deviation(self.output, self.x).mean(1)
+
+    @cached_property
+    def differentiable(self) -> Differentiable:
+        """The same model and images, for what needs gradients."""
+        return Differentiable(self.model, self.x, self.label)
+
+    @cached_property
+    def exact(self) -> "Observation":
+        """The same in float64, for what magnifies the rounding that differs from batch to batch."""
+        return Observation(self.differentiable.model, self.differentiable.x, self.label)
+
+    def activations(self, images: Tensor) -> list[Tensor]:
+        """What every stage of the encoder makes of images (B, C, H, W)."""
+        found = self.model.encoder.activations(beside(images, self.model.embed(self.label)))
+        return [_at_least_single(stage) for stage in found]
+
+    @cached_property
+    def activation_differences(self) -> list[Tensor]:
+        """h_l(x) - h_l(reconstruction) of every stage l of the encoder; of the last output, the posterior mean."""
+        ours, theirs = self.activations(self.x), self.activations(self.reconstruction)
+        for stages in (ours, theirs):
+            stages[-1] = self.model.law.posterior(stages[-1]).mu
+        return [wide(one) - wide(other) for one, other in zip(ours, theirs, strict=True)]
+
+    @cached_property
+    def code_difference(self) -> Tensor:
+        """Posterior mean of x less that of its reconstruction, (B, D)."""
+        return wide(self.code) - wide(self.model.encode(self.reconstruction, self.label).mu)
 
     @cached_property
     def feature_error(self) -> Tensor:
@@ -73,9 +125,7 @@ class Observation:
         if not self.posterior.random:
             return [self.code]
         if (samples, seed) not in self._draws:
-            generator = torch.Generator().manual_seed(seed)
-            half = torch.randn((samples + 1) // 2, self.model.law.size, generator=generator)
-            noise = torch.stack([half, -half], 1).flatten(0, 1)[:samples].to(self.x.device)
+            noise = antithetic(samples, self.model.law.size, seed).to(self.x.device)
             self._draws[samples, seed] = [self.posterior.at(row) for row in noise]
         return self._draws[samples, seed]
 
@@ -85,13 +135,27 @@ class Observation:
             return [self.output]
         if (samples, seed) not in self._outputs:
             draws = self.draws(samples, seed)
-            self._outputs[samples, seed] = [self.model.decode(z, self._read[1]).float() for z in draws]
+            self._outputs[samples, seed] = [self._decode(z) for z in draws]
         return self._outputs[samples, seed]
 
-    def expected_log_likelihood(self, samples: int, seed: int) -> Tensor:
-        """E_q log p(x given z) in nats, shape (B,): log-densities summed over pixels and channels."""
+    def log_likelihoods(self, samples: int, seed: int) -> Tensor:
+        """log p(x given z) in nats of each draw, (S, B): log-densities summed over pixels and channels."""
         log_probs = [self.model.likelihood.log_prob(output, self.x) for output in self._decoded(samples, seed)]
-        return torch.stack([wide(log_prob).flatten(1).sum(1) for log_prob in log_probs]).mean(0)
+        return torch.stack([wide(log_prob).flatten(1).sum(1) for log_prob in log_probs])
+
+    def expected_log_likelihood(self, samples: int, seed: int) -> Tensor:
+        """E_q log p(x given z) in nats, shape (B,)."""
+        return self.log_likelihoods(samples, seed).mean(0)
+
+    def negative_elbo(self, samples: int, seed: int) -> Tensor:
+        """KL - E_q log p(x given z) in nats, shape (B,)."""
+        return self.kl(samples, seed) - self.expected_log_likelihood(samples, seed)
+
+    def log_weights(self, samples: int, seed: int) -> Tensor:
+        """log p(x given z) p(z) / q(z given x) in nats of each draw, (S, B)."""
+        law, posterior = self.model.law, self.posterior
+        surplus = [_log_posterior_to_prior(law, posterior, z) for z in self.draws(samples, seed)]
+        return self.log_likelihoods(samples, seed) - torch.stack(surplus)
 
     def kl(self, samples: int, seed: int) -> Tensor:
         """KL(q(z given x) || p(z)) in nats, shape (B,); laws that cannot compute it estimate it from the draws."""
@@ -103,8 +167,7 @@ class Observation:
 
         `blur` is the standard deviation as a share of the shorter side: single pixels are noise, defects are larger.
         """
-        deviation = self.model.likelihood.deviation(self.output, self.x).mean(1)
-        return gaussian_blur(deviation, blur * min(deviation.shape[1:]))
+        return gaussian_blur(self.deviation, blur * min(self.deviation.shape[1:]))
 
 
 class Marginal:
@@ -156,6 +219,13 @@ def observe(model: AutoEncoder, x: Tensor, label: Tensor | None = None) -> Seen:
     return Marginal(model, x) if model.classes and label is None else Observation(model, x, label)
 
 
+def antithetic(samples: int, size: int, seed: int) -> Tensor:
+    """Standard normal noise (samples, size) in pairs of both signs, on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    half = torch.randn((samples + 1) // 2, size, generator=generator)
+    return torch.stack([half, -half], 1).flatten(0, 1)[:samples]
+
+
 def gaussian_blur(maps: Tensor, sigma: float) -> Tensor:
     """Blur maps (B, H, W) with a Gaussian of `sigma` pixels; borders mirror. Below 0.3 px the maps are left alone."""
     radius = min(math.ceil(3 * sigma), min(maps.shape[1:]) - 1)
@@ -167,3 +237,19 @@ def gaussian_blur(maps: Tensor, sigma: float) -> Tensor:
     padded = F.pad(maps[:, None], (radius, radius, radius, radius), mode="reflect")
     rows = F.conv2d(padded, kernel.view(1, 1, 1, -1))
     return F.conv2d(rows, kernel.view(1, 1, -1, 1))[:, 0]
+
+
+def _at_least_single(values: Tensor) -> Tensor:
+    """In float32 where mixed precision left less."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _log_posterior_to_prior(law: LatentLaw, posterior: Posterior, z: Tensor) -> Tensor:
+    """log q(z given x) / p(z) in nats at one draw, (B,), also for laws whose KL is analytic."""
+    if isinstance(posterior, Spherical):
+        log_q = von_mises_fisher.log_prob(z, posterior.mu, posterior.kappa)
+        return wide(log_q).sum(1) - von_mises_fisher.log_uniform(law.size)
+    if isinstance(posterior, DiagonalGaussian) and isinstance(law, GaussianLaw):
+        mu, logvar, z = wide(posterior.mu), wide(posterior.logvar), wide(z)
+        return 0.5 * (z**2 - (z - mu) ** 2 * (-logvar).exp() - logvar).sum(1)
+    return wide(law.kl(posterior, z)).sum(1)

@@ -1,0 +1,79 @@
+"""`Score`: what all scores have in common. Higher is more anomalous, without exception.
+
+A score is a frozen spec that does the work. What it must know about normals (`fit`) is measured on the *fit* split and
+frozen.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from anomaly_vae.model import ModelSpec
+from anomaly_vae.observations import Observation, Seen
+from anomaly_vae.spec import Spec
+
+Array = npt.NDArray[np.float64]
+Fitted = dict[str, npt.NDArray[np.float32]]
+References = Mapping[str, Tensor]
+
+
+class Score(Spec):
+    """Base: `kind` names the column; `log_scale` says that its logarithm is the natural scale for fusing.
+
+    `is_log_likelihood`: minus the score is a log-likelihood in nats, up to what does not depend on the class.
+    `offline`: it costs far too much for a service that answers while somebody waits. `of_pictures`: it takes what the
+    model sees for a picture in [0, 1].
+    """
+
+    log_scale: ClassVar[bool] = True
+    is_log_likelihood: ClassVar[bool] = False
+    offline: ClassVar[bool] = False
+    of_pictures: ClassVar[bool] = False
+
+    def refusal(self, model: ModelSpec) -> str | None:
+        """Why the score means nothing for such a model; None where it does."""
+        return None
+
+    @abstractmethod
+    def __call__(self, seen: Observation, references: References) -> Tensor:
+        """The score of each image, shape (B,)."""
+
+    def map(self, seen: Observation, references: References) -> Tensor | None:
+        """The same for each pixel, shape (B, H, W), >= 0, higher = more anomalous; None where it has no place."""
+        return None
+
+    def statistic(self, seen: Seen) -> Tensor | None:
+        """What `fit` wants to see of the fit split, one row an image; None where nothing is fitted."""
+        return None
+
+    def fit(self, statistics: Array) -> Fitted:
+        """References from the statistics of all fit images, (n,) or (n, D), however few."""
+        return {}
+
+
+def refusal(score: Score, model: ModelSpec) -> str | None:
+    """Why a score means nothing for a model; None where it does."""
+    if score.of_pictures and model.backbone is not None:
+        return "it looks at pictures, and with model.backbone the model sees features"
+    return score.refusal(model)
+
+
+def of_classes(seen: Seen, take: Callable[[Observation], Tensor]) -> Tensor:
+    """A statistic (B, ...), averaged over the classes as the scores are where the class is not known."""
+    return take(seen) if isinstance(seen, Observation) else seen.mean([take(one) for one in seen.of_classes])
+
+
+def no_bound(model: ModelSpec) -> str | None:
+    """Why the model has no ELBO; None where it has one."""
+    if model.has_elbo:
+        return None
+    if not model.latent.has_kl:
+        return f"it is no bound, since a {model.latent.kind} latent law has no KL; set model.latent.kind=gaussian"
+    return (
+        "it is no bound, since with skips the decoder sees the picture other than through z; "
+        "set model.network.skips=false"
+    )
