@@ -6,7 +6,7 @@ PORT ?= 8765
 DATA ?= ../shared/data
 FACES ?= $(DATA)/faces_london
 
-.PHONY: help install demo faces latents test seeds lint types wheel-check clean
+.PHONY: help install demo faces latents test seeds quality lint types wheel-check clean
 
 help:
 	@echo "make demo         train, calibrate, serve and score once, on handwritten digits (CHECK=1: stop, fail if short)"
@@ -15,6 +15,7 @@ help:
 	@echo "make test         lint, types and the whole test suite"
 	@echo "make wheel-check  install the built wheel into an empty environment and run the demo's check there"
 	@echo "make seeds        train every preset briefly on the real pictures in DATA, and print tables (QUICK=1: a few steps)"
+	@echo "make quality      detection quality against baselines, into docs/quality.md; hours on a CPU (QUICK=1: minutes, into build/)"
 	@echo "make clean        remove what these made"
 
 install: .venv/.installed
@@ -57,6 +58,15 @@ wheel-check: .venv/.installed-dev
 
 seeds: .venv/.installed
 	$(BIN)/python benchmarks/seeds.py --data $(DATA) --out build/seeds/seeds.json $(if $(QUICK),--quick) $(ARGS)
+
+QUALITY ?= mnist-one-class mnist-leave-one-out piped faces contaminated few-normals
+QUALITY_PAGE := $(if $(QUICK),build/quality/quick.md --quick,docs/quality.md)
+
+quality: .venv/.installed
+	set -e; for what in $(QUALITY); do \
+	  $(BIN)/python benchmarks/quality.py $$what --data $(DATA) --out build/quality/quality.json $(if $(QUICK),--quick) $(ARGS); \
+	done
+	$(BIN)/python benchmarks/quality.py table --out build/quality/quality.json --page $(QUALITY_PAGE)
 
 clean:
 	rm -rf .venv .demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
