@@ -15,8 +15,8 @@ class Engine:
     """Judges batches on one device. `judge` belongs to one thread at a time; `prepare` to any number.
 
     On a GPU batches are padded to 1, 2, 4 ... `max_batch` images, so that it meets only shapes it was warmed with; a
-    CPU takes any. Larger ones are cut. A picture's score does not depend on the batch it came in (float32: within 1e-5
-    of the calibration scores' quartile range).
+    CPU takes any, and so do tiles, which are judged picture by picture. Larger ones are cut. A picture's score does not
+    depend on the batch it came in (float32: within 1e-5 of the calibration scores' quartile range).
     """
 
     def __init__(self, detector: Detector, device: str = "auto", max_batch: int = 32) -> None:
@@ -53,13 +53,17 @@ class Engine:
 
     def _judge_padded(self, images: Tensor, heat: bool, classes: Sequence[str] | None) -> Judgement:
         count = len(images)
-        size = count if self.device.type == "cpu" else next(size for size in self._buckets() if size >= count)
+        padded = self.device.type != "cpu" and self.detector.spec.tiles is None
+        size = next(size for size in self._buckets() if size >= count) if padded else count
         if size > count:
             images = torch.cat([images, images[-1:].expand(size - count, *images.shape[1:])])
             classes = None if classes is None else [*classes, *[classes[-1]] * (size - count)]
         return _first(self.detector.judge(images, heat, classes), count)
 
     def _buckets(self) -> Iterator[int]:
+        if self.detector.spec.tiles is not None:
+            yield 1
+            return
         size = 1
         while size < self.max_batch:
             yield size

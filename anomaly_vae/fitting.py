@@ -21,15 +21,19 @@ from torch import Tensor, nn
 
 from anomaly_vae.checkpoints import Checkpoint
 from anomaly_vae.errors import TrainingError
-from anomaly_vae.member import normalise
 from anomaly_vae.objectives import Loss, Objective
 from anomaly_vae.recipe import TrainingSpec
 from anomaly_vae.seeds import generator_of, seed_of
+from anomaly_vae.tiling import Tiling
 
 Indices = npt.NDArray[np.int64]
 
+_HELD_OUT_TILES = 4
+"""Of each held-out picture so many tiles are measured, always the same; it may have a hundred of them."""
 _HELD_OUT_ROWS = 40
 """About how often the held-out loss is measured; a tiny set has thousands of epochs."""
+_MEASURED = 512
+"""So many pictures at most tell the mean and the deviation of a backbone's channels."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,8 @@ class Source(Protocol):
 class Fitting:
     """One model on its way: what stays the same from epoch to epoch. `share`: of the budget of steps that it gets.
 
-    `labels`: for a conditional model the class of each picture of the source, int64.
+    `labels`: for a conditional model the class of each picture of the source, int64. `tiling`: where the model sees one
+    tile of a picture at a time.
     """
 
     def __init__(
@@ -89,11 +94,12 @@ class Fitting:
         seed: int,
         share: float = 1.0,
         labels: Indices | None = None,
+        tiling: Tiling | None = None,
     ) -> None:
         if len(train) < 2:
             raise TrainingError(f"{len(train)} picture(s) to train on are too few; add normal pictures")
         self.fabric, self.objective, self.model, self.spec = fabric, objective, objective.model, spec
-        self.pictures, self.train, self.held, self.seed = pictures, train, held, seed
+        self.pictures, self.train, self.held, self.seed, self.tiling = pictures, train, held, seed, tiling
         self.labels = None if labels is None else torch.from_numpy(labels)
         self.batch = min(spec.batch_size, len(train))
         self.batch -= self.batch % fabric.world_size
@@ -190,14 +196,24 @@ class Fitting:
 
     def _step(self, step: int, indices: Indices, images: Tensor) -> Loss:
         self._set_learning_rate(step)
-        mine = slice(self.fabric.global_rank, None, self.fabric.world_size)
-        x, label = normalise(images[mine], self.fabric.device), self._label(indices[mine])
+        if self.tiling is not None:
+            images = self.tiling.drawn(images, generator_of(self.seed, "tiles", step))
         progress, extra = step / self.steps, 0
+        self._prepare(progress)
+        mine = slice(self.fabric.global_rank, None, self.fabric.world_size)
+        x, label = self.model.pictures(images[mine]), self._label(indices[mine])
         if progress < self.objective.spec.encoder_share:
             extra = self.objective.spec.encoder_steps
         for i in range(extra):
             self._move(step, f" {i}", x, label, progress, [self.model.encoder])
         return self._move(step, "", x, label, progress, self.objective.learners(progress))
+
+    def _prepare(self, progress: float) -> None:
+        """A backbone that has learnt all it will is made ready once, by training pictures."""
+        backbone = self.model.backbone
+        if backbone is not None and progress >= backbone.share and not backbone.measured:
+            some = self.train[:: -(-len(self.train) // _MEASURED)]
+            backbone.prepare(self.model.pictures(images) for _, images in self._batches_of(some))
 
     def _move(
         self,
@@ -269,14 +285,15 @@ class Fitting:
     def _held_out(self) -> float:
         """The loss on held-out normals in nats per image, at its full weights and always with the same noise."""
         self.wrapped.eval()
-        total = 0.0
+        total, count = 0.0, 0
         noise = torch.randn(1, self.model.law.size, generator=generator_of(self.seed, "held out", 0))
         with torch.no_grad():
             for indices, images in self._batches_of(self.held):
-                x = normalise(images, self.fabric.device)
+                x = self.model.pictures(images)
                 loss = self.objective(x, noise.to(x).expand(len(x), -1), 1.0, 0, self._label(indices))
                 total += float(loss.total) * math.prod(self.model.shape) * len(images)
-        return total / len(self.held)
+                count += len(images)
+        return total / count
 
     def _active_units(self) -> int:
         """How many latents tell the held-out normals apart."""
@@ -288,13 +305,19 @@ class Fitting:
         with torch.inference_mode():
             for indices, images in self._batches_of(chosen):
                 label = self._label(indices)
-                posterior = self.model.encode(normalise(images, self.fabric.device), label).float()
+                posterior = self.model.encode(self.model.view(images), label).float()
                 mu.append(posterior.mu.cpu())
                 kl += [self.model.law.kl(posterior, posterior.mu).cpu()] if self.model.law.has_kl else []
         return torch.cat(mu), torch.cat(kl) if kl else None
 
     def _batches_of(self, chosen: Indices) -> Iterator[tuple[Indices, Tensor]]:
-        yield from self.pictures.batches(max(self.batch, 64), chosen)
+        generator = generator_of(self.seed, "held-out tiles", 0)
+        for indices, images in self.pictures.batches(max(self.batch, 64), chosen):
+            if self.tiling is None:
+                yield indices, images
+            else:
+                for _ in range(_HELD_OUT_TILES):
+                    yield indices, self.tiling.drawn(images, generator)
 
 
 def rarity_weights(codes: Tensor, bins: int, smoothing: float) -> Tensor:

@@ -7,15 +7,17 @@ cannot be told from dark 16-bit ones: store them times 16. Colour profiles are i
 """
 
 import io
+from base64 import b64decode
 from collections.abc import Callable
-from typing import Annotated, Literal
+from functools import lru_cache
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import simplejpeg
 import torch
 from numpy.typing import NDArray
 from PIL import BmpImagePlugin, GifImagePlugin, Image, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from anomaly_vae.errors import BadImage
 from anomaly_vae.image_headers import Header, checked_header, clean_png, clean_tiff, require_all_rows
@@ -29,6 +31,7 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", "
 # Importing a plugin registers it; without this Pillow would import all of its forty at the first WebP or TIFF.
 _PLUGINS = (BmpImagePlugin, GifImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin)
 _Byte = Annotated[int, Field(ge=0, le=255)]
+_MOST_PIXELS = 2**22
 
 
 class ImageSpec(Spec):
@@ -36,16 +39,25 @@ class ImageSpec(Spec):
 
     `fit`: `stretch` ignores the aspect ratio, `crop` keeps the centre, `letterbox` adds bars of `background`, which
     also shows through transparent pixels. Files above `max_bytes` or `max_pixels` are refused before decoding.
+    `region`: which pixels count, a PNG in base64 that training makes (see `masking`); others become `background`.
     """
 
-    height: int = Field(ge=16, le=512)
-    width: int = Field(ge=16, le=512)
+    height: int = Field(ge=16, le=4096)
+    width: int = Field(ge=16, le=4096)
     channels: Literal[1, 3]
     fit: Literal["stretch", "crop", "letterbox"] = "stretch"
     background: tuple[_Byte, _Byte, _Byte] = (255, 255, 255)
     max_bytes: int = Field(default=32 * 2**20, ge=1)
     # Pillow warns above 89,478,485 pixels; staying below keeps its global limit out of play.
     max_pixels: int = Field(default=64_000_000, ge=1, le=89_000_000)
+    region: str | None = None
+
+    @model_validator(mode="after")
+    def _is_bearable(self) -> Self:
+        if self.height * self.width > _MOST_PIXELS:
+            raise ValueError(f"{self.width}x{self.height} px are more than {_MOST_PIXELS:,}; choose a smaller image")
+        inside(self)
+        return self
 
 
 def decode(data: bytes, spec: ImageSpec) -> torch.Tensor:
@@ -70,7 +82,21 @@ def decode(data: bytes, spec: ImageSpec) -> torch.Tensor:
     left, top = (header.width - box[0]) / 2, (header.height - box[1]) / 2
     region = (left / factor, top / factor, (left + box[0]) / factor, (top + box[1]) / factor)
     fitted = _upright(picture.resize(size, Image.Resampling.BILINEAR, region), header.orientation)
-    return _to_tensor(_on_background(fitted, spec))
+    return masked(_to_tensor(_on_background(fitted, spec)), spec)
+
+
+def inside(spec: ImageSpec) -> torch.Tensor | None:
+    """Which pixels count, bool (H, W); None where all do. Not to be written to."""
+    return None if spec.region is None else _region_pixels(spec.region, spec.height, spec.width)
+
+
+def masked(images: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
+    """uint8 images (..., C, H, W) with `background` wherever nothing counts."""
+    counts = inside(spec)
+    if counts is None:
+        return images
+    background = Image.new("RGB", (1, 1), spec.background).convert("L" if spec.channels == 1 else "RGB")
+    return torch.where(counts.to(images.device), images, _to_tensor(background).to(images.device))
 
 
 def peek(data: bytes) -> ImageInfo:
@@ -90,6 +116,20 @@ def encode_png(image: torch.Tensor | NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(array)).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+@lru_cache(maxsize=8)
+def _region_pixels(region: str, height: int, width: int) -> torch.Tensor:
+    wrong = ValueError("image.region is what training makes; give a region.polygon or a region.mask instead")
+    try:
+        picture = Image.open(io.BytesIO(b64decode(region, validate=True)), formats=["PNG"])
+        fits = picture.size == (width, height)
+        counts = np.asarray(picture.convert("L")) > 0 if fits else np.zeros(0)
+    except Exception:  # a decoder fails with anything
+        raise wrong from None
+    if not counts.any():
+        raise wrong
+    return torch.from_numpy(counts)
 
 
 # --- geometry -------------------------------------------------------------------------------------------------------

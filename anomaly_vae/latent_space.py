@@ -124,7 +124,7 @@ def decode(model: AutoEncoder, z: Tensor, label: Tensor | None = None) -> Tensor
     `label` (n,): the classes, which conditional models need.
     """
     with torch.inference_mode():
-        return _bytes([_decode(model, *batch) for batch in _batches(z, label)])
+        return _bytes([_decode(model, batch.images, batch.label) for batch in _batches(z, label)])
 
 
 def _decode(model: AutoEncoder, z: Tensor, label: Tensor | None) -> Tensor:

@@ -19,8 +19,10 @@ _HEADER_BYTES = 64 * 1024
 _SAMPLE = 500
 _COLOUR_SAMPLE = 32
 _GREY_TOLERANCE = 6  # levels between channels that JPEG alone can cause
-_SIDES = (32, 64, 128)
+_SIDES = (64, 128)
+_SMALLEST = 16
 _SQUARE_ENOUGH = 1.25
+_CANVAS_PIXELS, _LONGEST_CANVAS = 2**20, 4096
 
 
 @dataclass(frozen=True)
@@ -65,16 +67,28 @@ def survey(root: Path | str, data: DataSpec) -> Survey:
     )
 
 
-def suggest_image_spec(survey: Survey) -> ImageSpec:
-    """About 32, 64 or 128 pixels square, never more than the pictures have unless they have fewer than 32.
+def suggest_image_spec(survey: Survey, tile: int | None = None) -> ImageSpec:
+    """About 64 or 128 pixels square, never more than the pictures have; smaller ones keep their size, from 16 on.
 
     Beyond an aspect ratio of 1.25 the ratio is kept, with sides that are multiples of 16 and about the same area.
+    For tiles of `tile` px a side, the pictures' own ratio and size, of a megapixel at most.
     """
+    if tile is not None:
+        return _canvas(survey, tile)
     short = min(survey.width, survey.height)
-    side = max([side for side in _SIDES if side <= short], default=_SIDES[0])
+    side = max([side for side in _SIDES if side <= short], default=max(short, _SMALLEST))
     width = height = side
     if max(survey.aspect, 1 / survey.aspect) > _SQUARE_ENOUGH:
         width, height = (_sixteens(side * math.sqrt(ratio)) for ratio in (survey.aspect, 1 / survey.aspect))
+    return ImageSpec(height=height, width=width, channels=1 if survey.grey else 3, fit="stretch")
+
+
+def _canvas(survey: Survey, tile: int) -> ImageSpec:
+    long, short = max(survey.width, survey.height), min(survey.width, survey.height)
+    scale = min(1.0, math.sqrt(_CANVAS_PIXELS / (long * short)), _LONGEST_CANVAS / long)
+    # Smaller pictures are enlarged to one tile, unless that makes their longer side too long.
+    scale = max(scale, min(tile / short, _LONGEST_CANVAS / long))
+    width, height = (max(tile, 8 * round(side * scale / 8)) for side in (survey.width, survey.height))
     return ImageSpec(height=height, width=width, channels=1 if survey.grey else 3, fit="stretch")
 
 
