@@ -24,7 +24,6 @@ from anomaly_vae.data import DataSpec, Pictures, open_pictures
 from anomaly_vae.engine import Engine
 from anomaly_vae.errors import ConfigError
 from anomaly_vae.labelling import Draw, Pool
-from anomaly_vae.member import normalise
 from anomaly_vae.model import AutoEncoder
 from anomaly_vae.seeds import generator_of, seed_of
 
@@ -114,7 +113,7 @@ class Classified:
 
 
 class Classifier(nn.Module):
-    """Codes, centred and scaled by constants, then a linear layer: images x (B, C, H, W) to logits (B, classes).
+    """Codes, centred and scaled by constants, then a linear layer: uint8 images x (B, C, H, W) to logits (B, classes).
 
     One scale for all latents: their own, from a few pictures, would blow up those that say nothing of the picture.
     """
@@ -125,7 +124,7 @@ class Classifier(nn.Module):
         self.mean, self.scale = _scaling(codes)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head((self.model.encode(x).mu.float() - self.mean) / self.scale)
+        logits: Tensor = self.head((self.model.encode(self.model.view(x)).mu.float() - self.mean) / self.scale)
         return logits
 
 
@@ -149,6 +148,8 @@ def classify(
             "this model is conditional: its encoder wants the class that is to be found; "
             "give a bundle trained without model.condition"
         )
+    if detector.spec.tiles is not None:
+        raise ConfigError("this encoder sees tiles, not whole pictures; give a bundle trained without tiles")
     pictures = open_pictures(root, data or detector.spec.data, detector.image)
     pool = Pool.of(pictures, detector.seen)
     drawn = pool.draws(counts, [seed_of(seed, "labels", k) for k in range(draws)], str(root))
@@ -180,8 +181,8 @@ def _measure(
     with torch.inference_mode():
         # All of them see a batch while it is there: reading large pictures takes longer than a small network.
         for indices, batch in pictures.batches(engine.max_batch, draw.test):
-            x, wanted = normalise(batch, engine.device), torch.from_numpy(labels[indices])
-            right += [int((one(x).argmax(1).cpu() == wanted).sum()) for one in classifiers]
+            wanted = torch.from_numpy(labels[indices])
+            right += [int((one(batch).argmax(1).cpu() == wanted).sum()) for one in classifiers]
     return [float(share) for share in right / len(draw.test)]
 
 
@@ -193,7 +194,10 @@ def _classifiers(
     codes = _codes(frozen_model, images)
     frozen = Classifier(frozen_model, codes, _regression(codes, labels, classes)).to(engine.device)
     tuned = Classifier(deepcopy(frozen_model), codes, deepcopy(frozen.head)).to(engine.device)
-    fresh_model = engine.detector.spec.model.build(frozen_model.shape, seed_of(seed, "weights", 0))
+    fresh_model = engine.detector.spec.model.build(frozen_model.picture_shape, seed_of(seed, "weights", 0))
+    if frozen_model.backbone is not None and fresh_model.backbone is not None:
+        # It stands still in all three: what is compared are encoders of the same features.
+        fresh_model.backbone.load_state_dict(frozen_model.backbone.state_dict())
     fresh_model = fresh_model.to(engine.device).eval()
     codes = _codes(fresh_model, images)
     with _global_seed(seed_of(seed, "head", 0)):
@@ -218,7 +222,7 @@ def _train(classifier: Classifier, images: Tensor, labels: Tensor, steps: int, s
     with _global_seed(seed_of(seed, "dropout", 0)):
         for _ in range(steps):
             chosen = torch.randperm(len(images), generator=generator)[:_BATCH]
-            loss = F.cross_entropy(classifier(normalise(images[chosen], device)), labels[chosen].to(device))
+            loss = F.cross_entropy(classifier(images[chosen]), labels[chosen].to(device))
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -263,7 +267,7 @@ def _codes(model: AutoEncoder, images: Tensor) -> Tensor:
     """Posterior means (n, D) of uint8 images (n, C, H, W), on the model's device."""
     with torch.no_grad():
         parts = torch.split(images, _BATCH)
-        return torch.cat([model.encode(normalise(part, model.device)).mu.float() for part in parts])
+        return torch.cat([model.encode(model.view(part)).mu.float() for part in parts])
 
 
 @contextmanager
@@ -277,6 +281,8 @@ def _global_seed(seed: int) -> Iterator[None]:
 def _notes(engine: Engine, pictures: Pictures, drawn: Sequence[Draw]) -> Iterator[str]:
     if len(engine.detector.members) > 1:
         yield f"the detector holds {len(engine.detector.members)} models; the encoder is that of the first"
+    if engine.detector.spec.model.backbone is not None:
+        yield "all three see the features of the detector's backbone, which stands still; only the encoder differs"
     if any(draw.seen for draw in drawn):
         most = max(draw.seen for draw in drawn)
         yield (

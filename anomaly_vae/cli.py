@@ -132,7 +132,9 @@ def _recipe(config: Path | None, preset: str | None, overrides: list[str]) -> "D
     if config is not None:
         return DetectorSpec.read(config, overrides)
     if preset is None:
-        console.note("recipe: preset 'default', a convolutional VAE (--preset or a CONFIG file chooses another)")
+        console.note(
+            "recipe: preset 'default', which is novelty and defect together (--preset takes one alone, or another)"
+        )
     return read_preset(preset or DEFAULT, overrides)
 
 

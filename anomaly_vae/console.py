@@ -121,12 +121,13 @@ def policy_line(detector: "Detector") -> str:
 
 def trained_lines(trained: "Trained") -> Iterator[str | None]:
     """What came of a training."""
-    members, training = trained.metrics["members"], trained.detector.spec.training
-    kept = ", ".join(f"epoch {one['epoch']} of {one['epochs']}" for one in members)
-    best = f"; kept {kept} (lowest held-out loss)" if training.select == "best" else ""
-    yield f"trained in {trained.seconds:.0f} s{best}"
-    units = ", ".join(str(one["active_units"]) for one in members)
-    yield f"active latent units: {units} of {trained.metrics['latents']}"
+    yield f"trained in {trained.seconds:.0f} s"
+    for kind, expert in trained.detector.spec.experts.items():
+        members = [one for one in trained.metrics["members"] if one["kind"] == kind]
+        kept = ", ".join(f"epoch {one['epoch']} of {one['epochs']}" for one in members)
+        best = f"kept {kept} (lowest held-out loss); " if expert.training.select == "best" else ""
+        units = ", ".join(str(one["active_units"]) for one in members)
+        yield f"{f'{kind}: ' if kind else ''}{best}active latent units: {units} of {expert.model.latent.size}"
     yield policy_line(trained.detector)
     yield power_line(trained.detector)
     yield f"bundle {trained.path} (version {trained.detector.version})"

@@ -25,6 +25,8 @@ _FINEST_CELL = 2
 _MOST_CELLS = 64
 _LONGEST_ASPECT = 8.0
 _BRIGHTNESS = (0.1, 0.5)
+_LEAST_CHANGE = 0.5 / 255
+"""Half a grey level, the least that a picture file can hold."""
 _BINS = 4096
 """Steps of the noise's range among which its threshold is chosen: one holds few pixels even of 512 x 512."""
 
@@ -136,7 +138,9 @@ class StrokesSpec(Corruption):
     - one of `fills`: one colour; a change of brightness by 0.1 to 0.5 up or down; or a piece of another picture of the
       batch (of itself if alone), turned by right angles, flipped and shifted, exact to the pixel (after CutPaste, Li
       et al. 2021);
-    - the fill's opacity, uniform between those of `opacity`.
+    - the fill's opacity, uniform between those of `opacity`;
+    - how far from the edge of what is covered to its middle that opacity rises from 0, a share up to `softness`: stains
+      and shading have no edge. What would change by less than half a grey level is then left alone.
     Stays in [0, 1].
     """
 
@@ -144,6 +148,7 @@ class StrokesSpec(Corruption):
     area: tuple[PositiveShare, PositiveShare] = (0.001, 1 / 3)
     fills: tuple[Literal["colour", "brightness", "piece"], ...] = Field(("colour", "brightness", "piece"), min_length=1)
     opacity: tuple[PositiveShare, PositiveShare] = (0.2, 1.0)
+    softness: Share = 0.0
     probability: Share = 1.0
 
     @model_validator(mode="after")
@@ -154,12 +159,19 @@ class StrokesSpec(Corruption):
 
     def apply(self, x: Tensor, generator: Generator) -> Corrupted:
         area = _log_uniform(x, self.area, (len(x),), generator)
-        covered = _highest(_smooth_noise(x, generator), (area * x[0, 0].numel()).floor().clamp(min=1))
+        noise = _smooth_noise(x, generator)
+        covered = _highest(noise, (area * x[0, 0].numel()).floor().clamp(min=1))
         touched = covered[:, None] & _touched(x, self.probability, generator)
         low, high = self.opacity
         opacity = low + (high - low) * _uniform(x, (len(x), 1, 1, 1), generator)
+        fill = self._fill(x, generator)
+        if self.softness:
+            opacity = opacity * _rise(noise, covered, self.softness * _uniform(x, (len(x), 1, 1), generator))[:, None]
         # Opacity 0 leaves a pixel exactly as it was, which spares a copy under the mask.
-        return _compared(x, torch.lerp(x, self._fill(x, generator), (touched * opacity).to(x.dtype)))
+        images = torch.lerp(x, fill, (touched * opacity).to(x.dtype))
+        if self.softness:
+            images = torch.where((images - x).abs() < _LEAST_CHANGE, x, images)
+        return _compared(x, images)
 
     def _fill(self, x: Tensor, generator: Generator) -> Tensor:
         """What is blended over each picture, (B, C, H, W): gain * source + offset covers all fills in one pass."""
@@ -261,6 +273,13 @@ def _highest(noise: Tensor, count: Tensor) -> Tensor:
     from_here_up = pixels.flip(1).cumsum(1).flip(1)
     first = (from_here_up > count[:, None]).sum(1).clamp(max=_BINS - 1)
     return bins >= first[:, None, None]
+
+
+def _rise(noise: Tensor, covered: Tensor, softness: Tensor) -> Tensor:
+    """From 0 at the edge of what is covered to 1 at the share `softness` (B, 1, 1) of the way to its highest noise."""
+    edge = torch.where(covered, noise, torch.inf).amin((1, 2), keepdim=True)
+    height = (noise.amax((1, 2), keepdim=True) - edge) * softness
+    return ((noise - edge) / height.clamp_min(1e-12)).clamp(0, 1)
 
 
 def _pieces(x: Tensor, moved: Tensor, generator: Generator) -> Tensor:

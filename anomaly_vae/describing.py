@@ -9,6 +9,8 @@ from rich.table import Table
 
 from anomaly_vae.bundle import Bundle
 from anomaly_vae.detector import Detector
+from anomaly_vae.expert_spec import ExpertSpec
+from anomaly_vae.images import inside
 from anomaly_vae.model import ModelSpec
 from anomaly_vae.objectives import AdversarySpec, LossSpec, ObjectiveSpec
 from anomaly_vae.recipe import DetectorSpec
@@ -23,7 +25,7 @@ def bundle_facts(detector: Detector, bundle: Bundle) -> dict[str, Any]:
         "preset": detector.spec.preset,
         "image": detector.image.model_dump(mode="json"),
         "members": len(detector.members),
-        "parameters": sum(p.numel() for p in detector.members[0].model.parameters()),
+        "parameters": sum(p.numel() for model in detector.members[0].models() for p in model.parameters()),
         "scores": list(detector.spec.parts),
         "verdict": detector.spec.verdict,
         "alpha": policy.alpha,
@@ -43,16 +45,16 @@ def bundle_facts(detector: Detector, bundle: Bundle) -> dict[str, Any]:
 
 def facts_table(path: Path, facts: dict[str, Any]) -> Table:
     """The facts a person looks for."""
-    image, spec = facts["image"], facts["spec"]["model"]
+    image, spec = facts["image"], DetectorSpec.parse(facts["spec"])
     kind = "colour" if image["channels"] == 3 else "grey"
     rows = {
         "version": facts["version"],
         "preset": facts["preset"],
         "pictures": f"{image['width']}x{image['height']} px, {kind}, {image['fit']}",
-        "model": f"{spec['network']['kind']} network, {spec['latent']['size']} latents ({spec['latent']['kind']}), "
-        f"{spec['likelihood']['kind']} likelihood, {facts['parameters']:,} parameters",
-        **_unusual(DetectorSpec.parse(facts["spec"])),
-        "models": f"{facts['members']}" + (" (K-fold)" if facts["members"] > 1 else ""),
+        **_looked_at(spec),
+        **_models(spec),
+        "divisions": f"{facts['members']}" + (" (K-fold), each with all models" if facts["members"] > 1 else ""),
+        "parameters": f"{facts['parameters']:,} a division",
         "scores": ", ".join(facts["scores"]),
         "verdict by": facts["verdict"],
         "made from": f"data {facts['data_fingerprint']}, torch {facts['torch']}",
@@ -64,11 +66,43 @@ def facts_table(path: Path, facts: dict[str, Any]) -> Table:
     return table
 
 
-def _unusual(spec: DetectorSpec) -> dict[str, str]:
+def _looked_at(spec: DetectorSpec) -> dict[str, str]:
+    """In what pieces a picture is judged, and how much of it, a line each where it is not all at once."""
+    lines = {}
+    if spec.tiling is not None and spec.tiles is not None:
+        overlap = f"overlapping by {spec.tiles.overlap:.0%}"
+        lines["tiles"] = f"{spec.tiling.count} of {spec.tiling.side} px a picture, {overlap}"
+    counts = inside(spec.image) if spec.image else None
+    if counts is not None:
+        lines["region"] = f"{float(counts.float().mean()):.1%} of the picture counts"
+    return lines
+
+
+def _models(spec: DetectorSpec) -> dict[str, str]:
+    """Every kind of model, and what is unusual about it, a line each."""
+    lines = {}
+    for name, expert in spec.experts.items():
+        model, of = expert.model, f"{name} " if name else ""
+        many = f", {expert.ensemble} of them" if expert.ensemble > 1 else ""
+        lines[f"{of}model"] = (
+            f"{model.network.kind} network{' with skips' if model.network.sees_input else ''}, {model.latent.size} "
+            f"latents ({model.latent.kind}), {model.likelihood.kind} likelihood{many}"
+        )
+        lines |= {f"{of}{what}": line for what, line in _unusual(expert).items()}
+    return lines
+
+
+def _unusual(spec: ExpertSpec) -> dict[str, str]:
     """What else makes the model and its training, a line each where it is not what most detectors have."""
     model, usual = spec.model, ModelSpec()
     options = _changed(model.latent, type(model.latent)())
     lines = {}
+    if model.marker is not None:
+        lines["marker"] = "marks damage; trained on synthetic defects"
+    if model.views is not None:
+        lines["views"] = "tells turned and mirrored pictures apart"
+    if model.backbone is not None:
+        lines["sees features of"] = " ".join([model.backbone.kind, getattr(model.backbone, "name", "network")])
     if model.latent.kind != usual.latent.kind or options:
         lines["law of z"] = ", ".join([model.latent.kind, *options])
     if model.condition is not None:

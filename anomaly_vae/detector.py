@@ -1,7 +1,7 @@
 """`Detector`: trained members, what their scores learned from normals, and the calibration. Never uncalibrated."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -19,8 +19,11 @@ from torch import Tensor
 from anomaly_vae.bundle import MANIFEST, Bundle, read_bundle, write_bundle
 from anomaly_vae.calibration import Calibration, Mode
 from anomaly_vae.errors import BundleError, ConfigError
-from anomaly_vae.images import ImageSpec, decode
-from anomaly_vae.member import Batch, Member, References
+from anomaly_vae.expert import Batch, Expert, References
+from anomaly_vae.expert_spec import ExpertSpec
+from anomaly_vae.images import ImageSpec, decode, inside, masked
+from anomaly_vae.member import Member
+from anomaly_vae.networks import Shape
 from anomaly_vae.recipe import DetectorSpec
 from anomaly_vae.spec import Spec
 
@@ -132,6 +135,8 @@ class Detector:
     def judge(self, images: Tensor, heat: bool = False, classes: Sequence[str] | None = None) -> Judgement:
         """Judge uint8 images (B, C, H, W): normalise, model, scores, fusion, p-value, verdict.
 
+        What lies outside of the region changes nothing, and has heat 0.
+
         `classes`: for a conditional detector calibrated with given classes, that of every image; else None.
         """
         with torch.inference_mode():
@@ -163,25 +168,27 @@ class Detector:
         return torch.tensor([condition.classes.index(name) for name in classes])
 
     def _judge(self, batch: Batch, heat: bool) -> Judgement:
-        columns, verdicts, heats = [], [], []
-        for member in self.members:
-            seen = batch.seen_by(member.model)
-            parts, verdict = member.judge(self.spec, seen)
-            columns.append(parts)
-            verdicts.append(verdict)
-            heats += [seen.heat(self.spec.heat_blur) / member.references.heat_scale] if heat else []
+        batch = batch._replace(images=masked(batch.images, self.image))
+        opinions = [member.judge(self.spec, batch, heat) for member in self.members]
+        verdicts = [one.score for one in opinions]
+        heats = [one.heat for one in opinions if one.heat is not None]
         p_values = self.calibration.p_values(np.stack(verdicts, 1))
-        mean = np.mean(columns, 0)
+        mean = np.mean([one.columns for one in opinions], 0)
         return Judgement(
             score=np.mean(verdicts, 0).tolist(),
             p_value=p_values.tolist(),
             outlier=self.calibration.outliers(p_values, self.policy.alpha, self.policy.mode).tolist(),
             parts={kind: mean[:, i].tolist() for i, kind in enumerate(self.spec.parts)},
-            heat=torch.stack(heats).mean(0).float().cpu().numpy() if heat else None,
+            heat=self._counting(torch.stack(heats).mean(0).float().cpu()).numpy() if heat else None,
             heat_scale=HEAT_FULL,
             policy=self.policy,
             version=self.version,
         )
+
+    def _counting(self, heat: Tensor) -> Tensor:
+        """Heat (B, H, W) of what counts, 0 elsewhere."""
+        counts = inside(self.image)
+        return heat if counts is None else torch.where(counts, heat, 0.0)
 
     def save(
         self, path: Path, probes: Batch | None = None, metrics: dict[str, Any] | None = None, replace: bool = False
@@ -238,9 +245,10 @@ class Detector:
         weights: dict[str, Tensor] = {}
         numbers: dict[str, npt.NDArray[Any]] = {"seen": self.seen}
         for i, member in enumerate(self.members):
-            for name, tensor in member.model.state_dict().items():
-                weights[f"{i}.{name}"] = tensor.detach().cpu().contiguous()
-            numbers |= {f"{i}.{name}": array for name, array in _pack_references(member.references).items()}
+            for place, expert in _places(i, member):
+                for name, tensor in expert.model.state_dict().items():
+                    weights[f"{place}.{name}"] = tensor.detach().cpu().contiguous()
+                numbers |= {f"{place}.{name}": array for name, array in _pack_references(expert.references).items()}
             numbers[f"calibration.{i}"] = self.calibration.scores[i]
         files = {
             "weights.safetensors": safetensors.torch.save(weights),
@@ -298,22 +306,42 @@ def policy_of(calibration: Calibration, alpha: float | None, mode: Mode) -> Poli
 
 
 def _pack_references(references: References) -> dict[str, npt.NDArray[Any]]:
-    packed: dict[str, npt.NDArray[Any]] = {"heat_scale": np.asarray(references.heat_scale)}
+    packed: dict[str, npt.NDArray[Any]] = {"heat_scales": references.heat_scales}
     packed |= {f"scale.{kind}": knots for kind, knots in references.scales.items()}
     for kind, tensors in references.of_scores.items():
         packed |= {f"score.{kind}.{name}": tensor.cpu().numpy() for name, tensor in tensors.items()}
     return packed
 
 
+def _places(i: int, member: Member) -> Iterator[tuple[str, Expert]]:
+    """Each expert of member i and under what name its tensors are kept."""
+    for kind, experts in member.experts.items():
+        for seed, expert in enumerate(experts):
+            yield _place(i, kind, seed), expert
+
+
+def _place(i: int, kind: str, seed: int) -> str:
+    return f"{i}/{kind}/{seed}"
+
+
 def _unpack_member(
     spec: DetectorSpec, i: int, weights: dict[str, Tensor], numbers: dict[str, npt.NDArray[Any]]
 ) -> Member:
-    if spec.image is None:
-        raise ValueError("it does not say the size of its images")
+    shape = spec.shape
+    experts = {
+        kind: tuple(_unpack_expert(own, shape, _place(i, kind, seed), weights, numbers) for seed in range(own.ensemble))
+        for kind, own in spec.experts.items()
+    }
+    return Member(experts)
+
+
+def _unpack_expert(
+    spec: ExpertSpec, shape: Shape, place: str, weights: dict[str, Tensor], numbers: dict[str, npt.NDArray[Any]]
+) -> Expert:
     # On the meta device a spec that claims gigabytes costs nothing until its weights turn out to be there.
     with torch.device("meta"):
-        model = spec.model.build((spec.image.channels, spec.image.height, spec.image.width), seed=0)
-    own = {name.removeprefix(f"{i}."): tensor for name, tensor in weights.items() if name.startswith(f"{i}.")}
+        model = spec.model.build(shape, seed=0)
+    own = {name.removeprefix(f"{place}."): tensor for name, tensor in weights.items() if name.startswith(f"{place}.")}
     wanted = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
     if wanted != {name: (tensor.shape, tensor.dtype) for name, tensor in own.items()}:
         raise ValueError("the weights do not fit its own spec")
@@ -321,8 +349,8 @@ def _unpack_member(
     model.lay_channels_last()
     of_scores: dict[str, dict[str, Tensor]] = {}
     for name, array in numbers.items():
-        if name.startswith(f"{i}.score."):
-            kind, part = name.removeprefix(f"{i}.score.").split(".")
+        if name.startswith(f"{place}.score."):
+            kind, part = name.removeprefix(f"{place}.score.").split(".")
             of_scores.setdefault(kind, {})[part] = torch.from_numpy(array)
-    scales = {kind: numbers[f"{i}.scale.{kind}"] for kind in spec.parts}
-    return Member(model.eval(), References(of_scores, scales, float(numbers[f"{i}.heat_scale"])))
+    scales = {kind: numbers[f"{place}.scale.{kind}"] for kind in spec.kinds}
+    return Expert(spec, model.eval(), References(of_scores, scales, numbers[f"{place}.heat_scales"]))

@@ -329,7 +329,7 @@ def _make_reader(
         None, lambda progress: None
     )
     fit = images[torch.from_numpy(part.fit)]
-    return _Reader(Member.fit(spec, model, lambda: (Batch(images) for images in _batches(fit))), standard)
+    return _Reader(Member.fit(spec, {"": [model]}, lambda: (Batch(images) for images in _batches(fit))), standard)
 
 
 def _scores(spec: DetectorSpec, reader: _Reader, rows: Array) -> Floats:
@@ -355,8 +355,14 @@ def _batch_size(images: Tensor) -> int:
 
 
 def _check_suits(spec: DetectorSpec, features: bool) -> None:
+    if spec.beside or spec.ensemble > 1:
+        raise ConfigError("the estimator trains one model a fold; leave out beside and ensemble")
+    if spec.tiles is not None:
+        raise ConfigError("the estimator's model sees whole rows; leave out tiles")
     if spec.model.condition is not None:
         raise ConfigError("the rows of an array have no classes; leave out model.condition")
+    if features and spec.model.backbone is not None:
+        raise ConfigError("a backbone looks at pictures, and these rows are features; leave out model.backbone")
     if features and spec.model.likelihood.kind not in ("gaussian", "laplace"):
         raise ConfigError(
             f"model.likelihood.kind={spec.model.likelihood.kind} is for pictures; use gaussian or laplace"

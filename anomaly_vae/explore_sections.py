@@ -41,11 +41,12 @@ class Measured(NamedTuple):
 
 def of_pictures(engine: Engine, looked: Looked, seed: int) -> Iterator[Section]:
     model = engine.detector.members[0].model
-    yield _reconstructions(model, looked, seed)
+    if model.spec.backbone is None:
+        yield _reconstructions(model, looked, seed)
     yield from _maps(looked, seed)
     if not looked.training.all():
         yield _extremes(engine, looked)
-    if model.spec.network.sees_input:
+    if not model.spec.decodes:
         return
     if len(looked.index) > 1:
         yield _interpolations(model, looked, seed)
@@ -178,7 +179,9 @@ def _extremes(engine: Engine, looked: Looked) -> Section:
         ]
         captions = [looked.label(row) for row in rows]
         grid.append(Row(name, arrays(images), captions))
-        grid.append(Row("reconstructed", arrays(latent_space.reconstruct(model, images, codes)), _as(model, codes)))
+        if model.spec.backbone is None:
+            reconstructed = arrays(latent_space.reconstruct(model, images, codes))
+            grid.append(Row("reconstructed", reconstructed, _as(model, codes)))
         grid.append(Row("heat map", heats, [f"p {looked.p_value[row]:.3g}" for row in rows]))
     text = f"By score, among the {len(test):,} test pictures looked at, the most extreme first; p is the p-value."
     return Section("extremes", "The most normal and the most abnormal test pictures", text, grid_png(grid))

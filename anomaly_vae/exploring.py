@@ -75,6 +75,8 @@ def explore(
     """
     _check_place(out)
     detector = engine.detector
+    if detector.spec.tiles is not None:
+        raise ConfigError("this model knows tiles, not whole pictures; give a bundle trained without tiles")
     _check_sums(detector, sums, root)
     looked, pairs, notes = None, [], list(_notes(detector))
     if root is not None:
@@ -116,13 +118,14 @@ def _sections(
 ) -> Iterator[Section]:
     """All that can be shown, in order."""
     detector, model = engine.detector, engine.detector.members[0].model
-    decodes = not model.spec.network.sees_input
+    decodes = model.spec.decodes
     maybe = [sections_of.samples(model, measured, seed)] if decodes else []
     if looked is not None:
         maybe += sections_of.of_pictures(engine, looked, seed)
         maybe += sections_of.arithmetic(detector, looked.pictures, pairs, alphas, seed)
     if decodes:
         maybe.append(sections_of.traversals(model, usage, looked, measured, seed))
+    if not model.spec.network.sees_input:
         maybe += sections_of.usage_bars(usage, measured.source if measured else "")
     maybe += sections_of.curves(detector.spec, metrics)
     yield from (section for section in maybe if section is not None)
@@ -142,6 +145,10 @@ def alphas_of(text: str) -> list[float]:
 def _check_sums(detector: Detector, sums: Sequence[str], root: Path | str | None) -> None:
     if sums and root is None:
         raise ConfigError("--add needs pictures; give their folder by --data")
+    if sums and detector.spec.model.backbone is not None:
+        raise ConfigError(
+            "--add decodes codes, and with model.backbone they give features, no pictures; leave out --add"
+        )
     if sums and detector.spec.model.network.sees_input:
         raise ConfigError(
             "--add moves codes, but with skips the decoder needs the picture itself beside its code; leave out --add, "
@@ -159,10 +166,15 @@ def _notes(detector: Detector) -> Iterator[str]:
         )
     if spec.condition is not None:
         whose = "its own class" if detector.wants_classes else "the class that the model finds most probable for it"
-        walks = "" if spec.network.sees_input else ", and walks keep the class of the picture that they start from"
+        walks = "" if not spec.decodes else ", and walks keep the class of the picture that they start from"
         yield f"The model knows {len(spec.condition.classes)} classes: a picture is decoded as {whose}{walks}."
     if spec.latent.kind == "von_mises_fisher":
         yield "Codes lie on the unit sphere; draws, sums and walks that leave it are brought to its nearest point."
+    if spec.backbone is not None:
+        yield (
+            "The model sees features of a backbone, and decodes codes to features, which are no pictures. "
+            "Reconstructions, samples, traversals, interpolation and sums are left out."
+        )
     if spec.network.sees_input:
         yield (
             "The network has skips: its decoder sees the picture beside z, so that no z makes a picture by itself. "
@@ -178,7 +190,7 @@ def _missing(
         made = ", ".join(section.title.lower() for section in sections) or "nothing"
         codes = f"; codes are those of {measured.source}" if measured else ", since the bundle keeps no probe pictures"
         yield f"Without --data only this is made: {made}{codes}."
-    if not detector.spec.model.network.sees_input and not any(section.name == "samples" for section in sections):
+    if detector.spec.model.decodes and not any(section.name == "samples" for section in sections):
         yield "This law of z has no prior, so samples need the codes of at least two pictures; give some by --data."
 
 

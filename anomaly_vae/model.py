@@ -5,12 +5,16 @@ from typing import Literal, NamedTuple, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from anomaly_vae.backbones import BackboneSpec
 from anomaly_vae.latents import GaussianLatentSpec, LatentSpec
 from anomaly_vae.likelihoods import GaussianSpec, LikelihoodSpec
+from anomaly_vae.marking import MarkerSpec
 from anomaly_vae.networks import ConvSpec, NetworkSpec, Shape
 from anomaly_vae.posteriors import Posterior
 from anomaly_vae.spec import Spec
+from anomaly_vae.viewing import ViewsSpec
 
 
 class ConditionSpec(Spec):
@@ -39,13 +43,22 @@ class CriticSpec(Spec):
 
 
 class ModelSpec(Spec):
-    """The parts of an autoencoder: all that scoring needs."""
+    """The parts of an autoencoder: all that scoring needs.
 
+    `side`: larger pictures are shrunk to this many pixels of their shorter side before the model sees them.
+    `marker` learns to mark made-up defects, `views` to tell turned and mirrored pictures from upright ones. With a
+    `backbone` all else models its feature maps instead of pixels.
+    """
+
+    side: int | None = Field(None, ge=8, le=4096)
+    backbone: BackboneSpec | None = None
     network: NetworkSpec = Field(default_factory=ConvSpec)
     latent: LatentSpec = Field(default_factory=GaussianLatentSpec)
     likelihood: LikelihoodSpec = Field(default_factory=GaussianSpec)
     condition: ConditionSpec | None = None
     critic: CriticSpec | None = None
+    marker: MarkerSpec | None = None
+    views: ViewsSpec | None = None
 
     @model_validator(mode="after")
     def _one_picture_one_code(self) -> Self:
@@ -56,17 +69,41 @@ class ModelSpec(Spec):
             )
         return self
 
+    @model_validator(mode="after")
+    def _features_are_no_pictures(self) -> Self:
+        if self.backbone is not None and getattr(self.likelihood, "squash", True):
+            raise ValueError(
+                "model.backbone gives features, which lie on both sides of 0: "
+                "set model.likelihood.kind to gaussian or laplace, and model.likelihood.squash to false"
+            )
+        if self.backbone is not None and (self.marker is not None or self.views is not None):
+            raise ValueError("model.marker and model.views look at pixels; leave them out, or model.backbone")
+        return self
+
+    @property
+    def decodes(self) -> bool:
+        """Whether a code alone gives a picture."""
+        return self.backbone is None and not self.network.sees_input
+
     @property
     def has_elbo(self) -> bool:
         """Whether reconstruction + KL bounds the log-likelihood: a KL, and a decoder that sees x only through z."""
         return self.latent.has_kl and not self.network.sees_input
+
+    def seen(self, shape: Shape) -> Shape:
+        """The shape to which images of `shape` (C, H, W) are shrunk before the model, or its backbone, sees them."""
+        channels, height, width = shape
+        if self.side is None or min(height, width) <= self.side:
+            return shape
+        scale = self.side / min(height, width)
+        return channels, round(height * scale), round(width * scale)
 
     def build(self, shape: Shape, seed: int) -> "AutoEncoder":
         """A model for images of `shape` (C, H, W) with weights drawn from `seed`."""
         # PyTorch's layers draw their first weights from the global generator; the fork leaves it as it was.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return AutoEncoder(self, shape)
+            return AutoEncoder(self, self.seen(shape))
 
 
 class Context(NamedTuple):
@@ -77,10 +114,17 @@ class Context(NamedTuple):
 
 
 class AutoEncoder(nn.Module):
-    """An autoencoder over images in [0, 1] of one shape. `label` is the class's number, int64 (B,)."""
+    """An autoencoder over images in [0, 1] of one shape. `label` is the class's number, int64 (B,).
+
+    With a backbone it is one over features: what it calls an image is then a feature map of `shape`, and only
+    `pictures` of `picture_shape` are pictures.
+    """
 
     def __init__(self, spec: ModelSpec, shape: Shape) -> None:
         super().__init__()
+        self.picture_shape = shape
+        self.backbone = spec.backbone.build(shape) if spec.backbone else None
+        shape = self.backbone.shape if self.backbone else shape
         self.spec, self.shape = spec, shape
         self.likelihood = spec.likelihood.build()
         self.law = spec.latent.build()
@@ -96,6 +140,21 @@ class AutoEncoder(nn.Module):
         output_shape = (shape[0] * self.likelihood.outputs_per_channel, *shape[1:])
         self.decoder = spec.network.decoder(spec.latent.size + extra, output_shape)
         self.critic = spec.critic.network.encoder(seen, 1) if spec.critic else None
+        self.marker = spec.marker.build(*shape) if spec.marker else None
+        self.views = spec.views.build(*shape) if spec.views else None
+
+    def view(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W), uint8 or floats, as the model sees them: `pictures`, or the backbone's maps of them."""
+        return self.perceive(self.pictures(images))
+
+    def pictures(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W), uint8 or floats, on the model's device, in [0, 1], shrunk by area."""
+        x = normalise(images, self.device)
+        return x if x.shape[1:] == self.picture_shape else F.interpolate(x, size=self.picture_shape[1:], mode="area")
+
+    def perceive(self, pictures: Tensor) -> Tensor:
+        """What is modelled of pictures in [0, 1]: themselves, or the backbone's maps."""
+        return pictures if self.backbone is None else self.backbone(pictures)
 
     def read(self, x: Tensor, label: Tensor | None = None) -> tuple[Posterior, Context]:
         """q(z given x) of images x (B, C, H, W) in [0, 1], and what else the decoder sees of them."""
@@ -134,6 +193,14 @@ class AutoEncoder(nn.Module):
         activations: list[Tensor] = self.critic.activations(beside(x, self.embed(label)))
         return activations[min(self.spec.critic.features, len(activations) - 2)]
 
+    def mark(self, x: Tensor, output: Tensor) -> Tensor:
+        """The marker's logits (B, H, W) for images x and the decoder's output; the restoration learns nothing by it."""
+        assert self.marker is not None
+        with torch.no_grad():
+            mean, deviation = self.likelihood.mean(output), self.likelihood.deviation(output, x).mean(1)
+        logits: Tensor = self.marker(x, mean, deviation)
+        return logits.float()
+
     def lay_channels_last(self) -> None:
         """Order the convolutions' weights as CPUs and GPUs compute them fastest; values do not change."""
         nn.Module.to(self, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -150,3 +217,12 @@ def beside(x: Tensor, embedded: Tensor | None) -> Tensor:
         return x
     planes = embedded.to(x)[:, :, None, None].expand(-1, -1, *x.shape[2:])
     return torch.cat([x, planes], 1)
+
+
+def normalise(images: Tensor, device: torch.device) -> Tensor:
+    """uint8 (B, C, H, W) to floats in [0, 1] on `device`, channels last; the bytes travel, the floats do not.
+
+    Floats are taken for normalised already.
+    """
+    x = images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+    return x if x.is_floating_point() else x.float() / 255

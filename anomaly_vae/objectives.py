@@ -14,6 +14,7 @@ from anomaly_vae.adversaries import critic_loss, frozen, generator_loss
 from anomaly_vae.augmentation import AugmentationSpec
 from anomaly_vae.corruptions import CorruptionSpec, corrupt
 from anomaly_vae.latent_laws import Step
+from anomaly_vae.marking import focal_loss
 from anomaly_vae.model import AutoEncoder, Context, ModelSpec, beside
 from anomaly_vae.perceptual import PerceptualSpec
 from anomaly_vae.spec import Spec
@@ -98,6 +99,10 @@ class ObjectiveSpec(Spec):
         """Whether held-out losses of different epochs can be held against each other."""
         return self.course.kind == "joint" and self.adversary is None and model.latent.comparable
 
+    def has_parts(self, model: ModelSpec) -> bool:
+        """Whether some weights take no part in some steps."""
+        return self.course.kind != "joint" or (model.backbone is not None and model.backbone.learns)
+
     def problem(self, model: ModelSpec) -> str | None:
         """Why it cannot be minimised by such a model; None where it can."""
         return next((says for wrong, says in self._rules(model) if wrong), None)
@@ -114,6 +119,22 @@ class ObjectiveSpec(Spec):
         yield (
             critic is not None and self.adversary is None,
             "model.critic would never learn; set objective.adversary",
+        )
+        yield (
+            model.marker is not None and all(one.kind == "noise" for one in self.corruption),
+            "model.marker learns from made-up defects; list some in objective.corruption, such as [{kind: strokes}]",
+        )
+        yield (
+            (model.marker is not None or model.views is not None) and (first or greedy),
+            "model.marker and model.views learn beside the rest; set objective.course.kind to joint",
+        )
+        yield (
+            model.backbone is not None and self.perceptual is not None,
+            "objective.perceptual compares pictures, and model.backbone gives features; leave out one of them",
+        )
+        yield (
+            model.backbone is not None and model.backbone.learns and self.encoder_steps > 0,
+            "the encoder cannot begin while model.backbone learns; set objective.encoder_steps to 0",
         )
         yield (
             self.loss.kind == "bce" and not getattr(model.likelihood, "squash", True),
@@ -170,22 +191,32 @@ class Objective(nn.Module):
         self.perceptual = spec.perceptual.build(model.shape[0]) if spec.perceptual else None
 
     def forward(self, x: Tensor, noise: Tensor, progress: float, seed: int, label: Tensor | None = None) -> Loss:
-        """Loss of a batch x (B, C, H, W) when the share `progress` of training is done.
+        """Loss of a batch of pictures x (B, C, H, W) in [0, 1] when the share `progress` of training is done.
 
         `noise` (B, D) is standard normal and decides the draw of z, `seed` all other chance. In eval mode only what
         can be held against other pictures is summed: no corruption, no critics, the course's last part.
         """
-        course = self.spec.course
+        course, backbone = self.spec.course, self.model.backbone
         if self.training and self.spec.augmentation is not None:
             x = self.spec.augmentation(x, torch.Generator(x.device).manual_seed(seed + 2))
+        if backbone is not None and (progress < backbone.share or not (self.training or backbone.measured)):
+            nothing = x.new_full((), math.nan)
+            # Before there are features, nothing of them can be held against other pictures.
+            alone = backbone.loss(x, torch.Generator(x.device).manual_seed(seed)) if self.training else nothing
+            return Loss(alone, nothing, nothing)
+        progress = self._rest(progress)
         if self.training and progress < course.share and course.kind != "joint":
             generator = torch.Generator(x.device).manual_seed(seed)
+            x = self.model.perceive(x)
             return self._greedy(x, noise, progress) if course.kind == "greedy" else self._generate(x, generator, label)
         return self._reconstruct(x, noise, progress, seed, label)
 
     def learners(self, progress: float) -> Sequence[nn.Module] | None:
         """The modules that learn at this point; None: all of them."""
         model, course = self.model, self.spec.course
+        if model.backbone is not None and progress < model.backbone.share:
+            return [model.backbone]
+        progress = self._rest(progress)
         if course.kind == "greedy" and progress < course.share:
             k = self._pair(progress)
             inner = [model.law] if k == len(model.encoder.stages) - 1 else []
@@ -196,20 +227,26 @@ class Objective(nn.Module):
             return [model.decoder, model.critic, *embedding] if progress < course.share else [model.encoder, model.law]
         return None
 
+    def _rest(self, progress: float) -> float:
+        """How much is done of what remains when the backbone has learnt."""
+        share = self.model.backbone.share if self.model.backbone is not None else 0.0
+        return (progress - share) / (1 - share)
+
     def _pair(self, progress: float) -> int:
         """Which pair of stages learns, 0 at the pixels."""
         count = len(self.model.encoder.stages)
         return min(int(progress / self.spec.course.share * count), count - 1)
 
-    def _reconstruct(self, x: Tensor, noise: Tensor, progress: float, seed: int, label: Tensor | None) -> Loss:
-        model, law = self.model, self.model.law
+    def _reconstruct(self, pictures: Tensor, noise: Tensor, progress: float, seed: int, label: Tensor | None) -> Loss:
+        model, law, x = self.model, self.model.law, self.model.perceive(pictures)
         generator_fixed = self.spec.course.kind == "generator_first"
         if generator_fixed:
             # What is fitted is the encoder; the generator must answer as it will when scoring.
             model.decoder.eval()
-        seen = x
+        seen, mask = x, None
         if self.training and self.spec.corruption:
-            seen = corrupt(x, self.spec.corruption, torch.Generator(x.device).manual_seed(seed)).images
+            damaged, mask = corrupt(pictures, self.spec.corruption, torch.Generator(x.device).manual_seed(seed))
+            seen = model.perceive(damaged)
         # Gradients with respect to the picture are wanted even where the rest is only measured.
         with torch.enable_grad() if law.wants_gradient else nullcontext():
             seen = seen.detach().clone().requires_grad_() if law.wants_gradient else seen
@@ -229,6 +266,11 @@ class Objective(nn.Module):
             total = total + model.spec.latent.weight_at(progress) * cost
         total = total / x[0].numel()
         if self.training:
+            # Neither shares a weight with the rest, and the optimiser's steps do not depend on a loss's scale.
+            if model.marker is not None and mask is not None:
+                total = total + focal_loss(model.mark(seen, output), mask[:, 0].float())
+            if model.views is not None:
+                total = total + model.views.loss(x, torch.Generator(x.device).manual_seed(seed + 3))
             for term in self._critics(x, step, context, output, progress, seed, label):
                 total = total + term
         return Loss(total, nll.detach(), cost.detach())

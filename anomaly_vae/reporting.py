@@ -89,9 +89,10 @@ def training_report(trained: Trained, sentence: str) -> str:
         notes=trained.notes,
         cost=cost,
         models=[
-            [i + 1, f"{one['epoch']} of {one['epochs']}", f"{one['held_out_loss']:.4g}", one["active_units"]]
-            for i, one in enumerate(members)
+            [one["name"], f"{one['epoch']} of {one['epochs']}", f"{one['held_out_loss']:.4g}", one["active_units"]]
+            for one in members
         ],
+        curves=sum(not one["kind"] for one in members),
         sizes=_made_from(metrics),
         seconds=metrics["seconds"],
         crossed=calibration.crossed,
@@ -99,7 +100,8 @@ def training_report(trained: Trained, sentence: str) -> str:
 
 
 def _history_charts(detector: Detector, members: list[dict[str, Any]], cost: str) -> dict[str, charts.Chart]:
-    """Curves over the epochs; of what a course never computed there is none."""
+    """Curves over the epochs, of the first kind of model; of what a course never computed there is none."""
+    members = [one for one in members if not one["kind"]]
     histories, kept = [one["history"] for one in members], [one["epoch"] for one in members]
     in_nats = detector.spec.objective.loss.kind == "nll" and detector.spec.model.latent.has_kl
     nats, whole = "nats per picture", "nats per picture" if in_nats else "loss per picture"

@@ -36,8 +36,8 @@ class Spec(BaseModel):
         data = override(self.model_dump(mode="json", exclude=self.derived()), overrides)
         return self._overridden(data, overrides, f"override {', '.join(overrides)}")
 
-    def derived(self) -> set[str]:
-        """Fields that were filled in from others, and are so anew when those change."""
+    def derived(self) -> Any:
+        """Fields that were filled in from others, and are so anew when those change; as pydantic's `exclude`."""
         return set()
 
     @classmethod

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,13 +24,17 @@ from anomaly_vae.dividing import Indices, Part, blank_calibration, copies, divid
 from anomaly_vae.errors import BundleError, ConfigError, TrainingError
 from anomaly_vae.fabric import make_fabric
 from anomaly_vae.fitting import Fitted, Fitting, Progress
+from anomaly_vae.images import ImageSpec
 from anomaly_vae.member import Batch, Batches, Member, member_scores
+from anomaly_vae.model import AutoEncoder
 from anomaly_vae.objectives import Objective
 from anomaly_vae.recipe import DetectorSpec
 from anomaly_vae.seeds import generator_of, seed_of
 from anomaly_vae.spec import dump_yaml, read_yaml
 
 _SCORING_BATCH = 64
+_PROBE_PIXELS = 2**21
+"""Of all probes with tiles: large ones would outweigh the rest of a bundle, and be long judged whenever it loads."""
 _RUN = "run.yaml"
 
 
@@ -61,6 +65,7 @@ class Trained:
 
 Say = Callable[[str], None]
 ReportMember = Callable[[int, int, Progress], None]
+Tell = Callable[["_Place", Progress], None]
 
 
 def train(
@@ -88,19 +93,25 @@ def train(
     # An alpha that these pictures cannot support is refused now, not after an hour of training.
     groups = group_count(pictures, parts)
     policy_of(blank_calibration(parts, groups), spec.calibration.alpha, spec.calibration.mode)
-    fabric = make_fabric(device, spec.training.precision, tensorboard, spec.objective.course.kind != "joint")
+    courses = any(expert.objective.has_parts(expert.model) for expert in spec.experts.values())
+    fabric = make_fabric(device, spec.training.precision, tensorboard, courses)
     work = out.absolute().with_name(f".{out.name}.training")
     _open_work(work, _identity(spec, pictures, parts, fabric), restart, fabric, say)
     members, fitted = [], []
+    places = [place for i in range(len(parts)) for place in _places(spec, i)]
+
+    def tell(place: _Place, progress: Progress) -> None:
+        report(places.index(place), len(places), progress)
+
     for i, part in enumerate(parts):
-        member, one = _make_member(spec, pictures, part, fabric, i, len(parts), work, report)
+        member, of_member = _make_member(spec, pictures, part, fabric, i, len(parts), work, tell)
         members.append(member)
-        fitted.append(one)
+        fitted += of_member
     if not fabric.is_global_zero:
         return None
     detector = _calibrated(spec, pictures, parts, members, groups)
-    metrics = _metrics(spec, parts, fitted, started) | {"latent_cost": members[0].model.law.cost_name}
-    notes = [*pictures.notes, *_collapse_notes(spec, fitted)]
+    metrics = _metrics(spec, parts, places, fitted, started) | {"latent_cost": members[0].model.law.cost_name}
+    notes = [*pictures.notes, *_collapse_notes(spec, len(parts), fitted)]
     saved = detector.save(out, _probes(spec, pictures, parts), metrics, replace=overwrite)
     _close_work(work)
     return Trained(saved, out, metrics["seconds"], metrics, notes)
@@ -108,19 +119,27 @@ def train(
 
 def load_pictures(spec: DetectorSpec, root: Path | str, say: Say) -> tuple[DetectorSpec, Pictures]:
     """Open the pictures and, where the spec leaves it open, choose the image size from them."""
-    if spec.image is None:
-        image = suggest_image_spec(survey(root, spec.data))
-        spec = spec.with_overrides([f"image={image.model_dump_json()}"])
-        say(
-            f"image: {image.width}x{image.height} px, {'colour' if image.channels == 3 else 'grey'} (from the pictures)"
-        )
-    assert spec.image is not None
-    pictures = open_pictures(root, spec.data, spec.image, _reading(say))
+    spec, image = _with_image(spec, root, say)
+    pictures = open_pictures(root, spec.data, image, _reading(say))
     spec = _with_classes(spec, pictures)
     if pictures.unreadable:
         key, reason = pictures.unreadable[0]
         say(f"skipped {len(pictures.unreadable)} unreadable picture(s), such as {key}: {reason}")
     return spec, pictures
+
+
+def _with_image(spec: DetectorSpec, root: Path | str, say: Say) -> tuple[DetectorSpec, ImageSpec]:
+    """Size and channels, and what of the picture counts as pixels of that size, so that a bundle needs no file."""
+    image = spec.image
+    if image is None:
+        image = suggest_image_spec(survey(root, spec.data), spec.tiles.side if spec.tiles else None)
+        kind = "colour" if image.channels == 3 else "grey"
+        say(f"image: {image.width}x{image.height} px, {kind} (from the pictures)")
+    image = spec.region.within(image) if spec.region else image
+    spec = spec.with_overrides([f"image={image.model_dump_json()}", "region=null"])
+    if spec.tiling is not None:
+        say(f"tiles: {spec.tiling.count} of {spec.tiling.side} px a picture")
+    return spec, image
 
 
 def _with_classes(spec: DetectorSpec, pictures: Pictures) -> DetectorSpec:
@@ -156,33 +175,65 @@ def _reading(say: Say) -> Callable[[int, int], None]:
 
 
 def _make_member(
+    spec: DetectorSpec, pictures: Pictures, part: Part, fabric: Fabric, i: int, count: int, work: Path, tell: Tell
+) -> tuple[Member, list[Fitted]]:
+    """Train all models of one member; `count` members share the budget of each kind."""
+    models: dict[str, list[AutoEncoder]] = {}
+    fitted = []
+    for place in _places(spec, i):
+        model, one = _make_model(spec, place, pictures, part, fabric, 1 / count, work, tell)
+        models.setdefault(place.kind, []).append(model)
+        fitted.append(one)
+    return Member.fit(spec, models, _batches(spec, pictures, part.fit)), fitted
+
+
+class _Place(NamedTuple):
+    """Which model it is: of member `member` the one of this kind with this number in its ensemble."""
+
+    member: int
+    kind: str
+    number: int
+
+    @property
+    def name(self) -> str:
+        """Its name in files and logs."""
+        return "-".join([f"member{self.member}", *([self.kind] if self.kind else []), *self._numbered()])
+
+    def _numbered(self) -> list[str]:
+        return [str(self.number)] if self.number else []
+
+    def seed_of(self, seed: int, purpose: str) -> int:
+        """A seed of its own; that of the first model of the first kind does not depend on what stands beside it."""
+        return seed_of(seed, "-".join([purpose, *([self.kind] if self.kind else []), *self._numbered()]), self.member)
+
+
+def _places(spec: DetectorSpec, i: int) -> list[_Place]:
+    return [_Place(i, kind, number) for kind, expert in spec.experts.items() for number in range(expert.ensemble)]
+
+
+def _make_model(
     spec: DetectorSpec,
+    place: _Place,
     pictures: Pictures,
     part: Part,
     fabric: Fabric,
-    i: int,
-    count: int,
+    share: float,
     work: Path,
-    report: ReportMember,
-) -> tuple[Member, Fitted]:
-    objective = _build(spec, i)
-    seed, labels = seed_of(spec.seed, "member", i), _labels(spec, pictures)
-    fitting = Fitting(fabric, objective, spec.training, pictures, part.train, part.fit, seed, 1 / count, labels)
+    tell: Tell,
+) -> tuple[AutoEncoder, Fitted]:
+    expert = spec.experts[place.kind]
+    objective = Objective(expert.objective, expert.model.build(spec.shape, place.seed_of(spec.seed, "weights")))
+    seed, labels, tiling = place.seed_of(spec.seed, "member"), _labels(spec, pictures), spec.tiling
+    fitting = Fitting(fabric, objective, expert.training, pictures, part.train, part.fit, seed, share, labels, tiling)
 
-    def tell(progress: Progress) -> None:
+    def report(progress: Progress) -> None:
         losses = {"loss": progress.loss, "reconstruction": progress.reconstruction, "latent": progress.latent}
-        fabric.log_dict({f"member{i}/{name}": value for name, value in losses.items()}, progress.epoch)
+        fabric.log_dict({f"{place.name}/{name}": value for name, value in losses.items()}, progress.epoch)
         if fabric.is_global_zero:
-            report(i, count, progress)
+            tell(place, progress)
 
-    fitted = fitting.run(work / f"member{i}.safetensors", tell)
-    return Member.fit(spec, objective.model, _batches(spec, pictures, part.fit)), fitted
-
-
-def _build(spec: DetectorSpec, i: int) -> Objective:
-    assert spec.image is not None
-    shape = (spec.image.channels, spec.image.height, spec.image.width)
-    return Objective(spec.objective, spec.model.build(shape, seed_of(spec.seed, "weights", i)))
+    fitted = fitting.run(work / f"{place.name}.safetensors", report)
+    return objective.model, fitted
 
 
 def _labels(spec: DetectorSpec, pictures: Pictures) -> Indices | None:
@@ -270,12 +321,15 @@ def _probes(spec: DetectorSpec, pictures: Pictures, parts: list[Part]) -> Batch 
         return None
     pool = parts[0].train
     order = torch.randperm(len(pool), generator=generator_of(spec.seed, "probes", 0)).numpy()
-    chosen = np.sort(pool[order[: spec.probes]])
+    most = max(1, _PROBE_PIXELS // (pictures.image.height * pictures.image.width)) if spec.tiles else len(pool)
+    chosen = np.sort(pool[order[: min(spec.probes, most)]])
     given = _given(spec, pictures)
     return Batch(pictures.images(chosen), None if given is None else torch.from_numpy(given[chosen]))
 
 
-def _metrics(spec: DetectorSpec, parts: list[Part], fitted: list[Fitted], started: float) -> dict[str, Any]:
+def _metrics(
+    spec: DetectorSpec, parts: list[Part], places: list["_Place"], fitted: list[Fitted], started: float
+) -> dict[str, Any]:
     return {
         "seconds": round(time.monotonic() - started, 2),
         "machine": platform.machine(),
@@ -283,26 +337,34 @@ def _metrics(spec: DetectorSpec, parts: list[Part], fitted: list[Fitted], starte
         "latents": spec.model.latent.size,
         "members": [
             {
+                "name": place.name,
+                "kind": place.kind,
                 "epoch": one.epoch,
                 "epochs": one.epochs,
                 "held_out_loss": one.held_out,
                 "active_units": one.active_units,
                 "history": [{k: v if math.isfinite(v) else None for k, v in row.items()} for row in one.history],
             }
-            for one in fitted
+            for place, one in zip(places, fitted, strict=True)
         ],
     }
 
 
-def _collapse_notes(spec: DetectorSpec, fitted: list[Fitted]) -> list[str]:
-    collapsed = [str(i) for i, one in enumerate(fitted) if one.active_units == 0]
+def _collapse_notes(spec: DetectorSpec, members: int, fitted: list[Fitted]) -> list[str]:
+    # Skips need no code: where the decoder sees the picture, an empty one is no collapse.
+    seeing = [one for i in range(members) for one in _places(spec, i)]
+    collapsed = [
+        place.name
+        for place, one in zip(seeing, fitted, strict=True)
+        if one.active_units == 0 and not spec.experts[place.kind].model.network.sees_input
+    ]
     if not collapsed:
         return []
     remedy = "-o model.latent.beta=0.1" if spec.model.latent.has_kl else "-o model.latent.weight=0.1"
     remedy += " or -o model.latent.free_bits=0.1" if spec.model.latent.kind == "gaussian" else ""
     if spec.model.latent.kind == "point":
         remedy = f"-o training.learning_rate={spec.training.learning_rate / 4:g}"
-    return [f"collapse in member {', '.join(collapsed)}: no latent carries information; try {remedy}"]
+    return [f"collapse in {', '.join(collapsed)}: no latent carries information; try {remedy}"]
 
 
 def _describe(parts: list[Part], crossed: bool, pictures: Pictures) -> str:

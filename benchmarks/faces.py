@@ -39,7 +39,6 @@ from anomaly_vae.fabric import make_fabric
 from anomaly_vae.fitting import Fitting, Progress
 from anomaly_vae.grids import arrays
 from anomaly_vae.likelihoods import Gaussian
-from anomaly_vae.member import normalise
 from anomaly_vae.metrics import detection
 from anomaly_vae.model import AutoEncoder
 from anomaly_vae.objectives import Objective
@@ -195,7 +194,7 @@ def look(model: AutoEncoder, pictures: Pictures, rows: Indices, learnt: Indices)
     found: dict[str, list[Tensor]] = {score.kind: [] for score in scores}
     with torch.inference_mode():
         for _, images in pictures.batches(32, rows):
-            seen = Observation(model, normalise(images, model.device))
+            seen = Observation(model, model.view(images))
             for score in scores:
                 found[score.kind].append(score(seen, references).cpu())
     return {kind: torch.cat(values).double().numpy() for kind, values in found.items()}

@@ -213,7 +213,6 @@ def _start(place: Place, lifeline: Connection) -> "Flask":
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     import prometheus_client
 
-    from anomaly_vae import Detector, pick_device
     from service.health import Readiness, serve_health
 
     prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the series and tell what process_start_time tells
@@ -223,7 +222,7 @@ def _start(place: Place, lifeline: Connection) -> "Flask":
     serve_health(settings.host, place.health_port, readiness, registry)
     app = create_app(
         settings,
-        lambda: Detector.load(place.bundle, pick_device(settings.device)),
+        lambda: _detector(place),
         name=place.bundle.resolve().name,
         readiness=readiness,
         registry=registry,
@@ -235,6 +234,16 @@ def _start(place: Place, lifeline: Connection) -> "Flask":
     multiprocessing.util.Finalize(None, _farewell, args=(scorer, settings.drain_seconds), exitpriority=1)
     threading.Thread(target=_announce, args=(place, scorer, readiness), name="announce", daemon=True).start()
     return app
+
+
+def _detector(place: Place) -> "Detector":
+    """The bundle's detector; raises `ConfigError` for one whose scores take seconds a picture."""
+    from anomaly_vae import ConfigError, Detector, pick_device
+
+    detector = Detector.load(place.bundle, pick_device(place.settings.device))
+    if detector.spec.offline:
+        raise ConfigError(f"{place.bundle} holds scores too slow for a service (offline: true); use anomaly-vae scan")
+    return detector
 
 
 def _give_up(error: Exception) -> None:

@@ -29,7 +29,7 @@ from anomaly_vae.data import open_pictures
 from anomaly_vae.engine import Engine
 from anomaly_vae.errors import ConfigError, DataError
 from anomaly_vae.labelling import Pool, label_counts
-from anomaly_vae.member import normalise
+from anomaly_vae.model import normalise
 
 SIZES = (70, 20, 7, 3)
 

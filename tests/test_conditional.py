@@ -12,7 +12,7 @@ from anomaly_vae import ConfigError, Detector
 from anomaly_vae.data import open_pictures
 from anomaly_vae.engine import Engine
 from anomaly_vae.evaluation import evaluate
-from anomaly_vae.member import normalise
+from anomaly_vae.model import normalise
 from anomaly_vae.observations import Marginal, Observation, observe
 from anomaly_vae.scores import NegativeElbo, SquaredError, measure
 from anomaly_vae.training import train

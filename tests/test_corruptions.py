@@ -28,6 +28,7 @@ MEMBERS = [
     {"kind": "strokes", "fills": ["colour"], "opacity": [1, 1]},
     {"kind": "strokes", "fills": ["brightness"], "opacity": [0.01, 0.02]},
     {"kind": "strokes", "fills": ["piece"], "area": [0.3, 0.9], "probability": 0.7},
+    {"kind": "strokes", "softness": 1.0},
 ]
 NOTHING = [
     {"kind": "noise", "sigma": 0},
@@ -352,3 +353,18 @@ def test_impossible_settings_are_refused_by_name(spec, fields, named):
 def test_settings_survive_being_written(fields):
     spec = ADAPTER.validate_python(fields)
     assert ADAPTER.validate_python(spec.model_dump(mode="json")) == spec
+
+
+def test_softness_takes_the_edge_off_strokes():
+    """Same chance, same places: at full softness the change grows from the edge inwards instead of jumping."""
+    x = torch.zeros(64, 1, 64, 64)
+    fields = {"fills": ["colour"], "area": [0.1, 0.3], "opacity": [1, 1]}
+    hard, soft = (
+        StrokesSpec.model_validate({**fields, "softness": softness}).apply(x, chance()) for softness in (0, 1)
+    )
+    assert (soft.images <= hard.images).all()
+    assert (soft.mask <= hard.mask).all()
+    inner = hard.mask.bool() & ~torch.nn.functional.max_pool2d(1 - hard.mask, 5, 1, 2).bool()
+    edge = hard.mask.bool() & ~inner
+    share = (soft.images / hard.images.clamp_min(1e-6)).clamp(0, 1)
+    assert share[edge].mean() < 0.7 * share[inner].mean()

@@ -252,8 +252,8 @@ def test_references_of_few_pictures_do_not_flatter_themselves(tiny_detector, tin
     pictures = open_pictures(digits_folder, tiny_spec.data, tiny_spec.image)
     normal = [i for i, item in enumerate(pictures.items) if item.normal]
     few, others = pictures.images(normal[:20]), pictures.images(normal[20:220])
-    member = Member.fit(tiny_spec, tiny_detector.members[0].model, lambda: map(Batch, few.split(8)))
+    member = Member.fit(tiny_spec, {"": [tiny_detector.members[0].model]}, lambda: map(Batch, few.split(8)))
     detector = Detector(tiny_spec, [member], tiny_detector.calibration)
-    for kind in tiny_spec.fusion.parts:
-        z = standardise(np.log(detector.judge(others).parts[kind]), member.references.scales[kind])
+    for kind in tiny_spec.fused:
+        z = standardise(np.log(detector.judge(others).parts[kind]), member.experts[""][0].references.scales[kind])
         assert abs(np.median(z)) < 1.2, kind

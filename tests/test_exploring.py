@@ -25,8 +25,7 @@ from anomaly_vae.grids import Row, grid_png
 from anomaly_vae.latent_space import Codes, Usage
 from anomaly_vae.latents import GaussianLatentSpec, LatentSpec, PointSpec
 from anomaly_vae.looking import look_at
-from anomaly_vae.member import normalise
-from anomaly_vae.model import Context, ModelSpec
+from anomaly_vae.model import Context, ModelSpec, normalise
 from anomaly_vae.observations import Observation, observe
 from anomaly_vae.training import train
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from anomaly_vae import Detector
 from anomaly_vae.bundle import Bundle, read_bundle, write_bundle
 from anomaly_vae.errors import AnomalyVaeError, BundleError, ConfigError
-from anomaly_vae.perceptual import IMAGENET_MEAN, IMAGENET_STD, PerceptualSpec
+from anomaly_vae.perceptual import PerceptualSpec
+from anomaly_vae.pretrained import IMAGENET_MEAN, IMAGENET_STD
 from anomaly_vae.torchvision_compat import import_torchvision
 
 RANDOM = {"kind": "torchvision", "name": "squeezenet1_1", "weights": "random"}

@@ -11,7 +11,6 @@ from anomaly_vae.engine import Engine
 from anomaly_vae.evaluation import evaluate
 from anomaly_vae.fabric import make_fabric
 from anomaly_vae.fitting import Fitting
-from anomaly_vae.member import normalise
 from anomaly_vae.objectives import Objective
 from anomaly_vae.observations import Observation
 from anomaly_vae.presets import preset_names, read_preset
@@ -59,8 +58,8 @@ def test_every_preset_learns_one_batch(name, folders):
     fabric = make_fabric("cpu", "32-true", None)
     fitting = Fitting(fabric, objective, spec.training, pictures, chosen, chosen, 0, labels=labels)
     fitted = fitting.run(None, lambda progress: None)
-    x = normalise(pictures.images(chosen), torch.device("cpu"))
     with torch.inference_mode():
+        x = objective.model.view(pictures.images(chosen))
         seen = Observation(objective.model, x, None if labels is None else torch.from_numpy(labels[chosen]))
         left = (seen.reconstruction - x).square().mean() / (x - x.mean(0)).square().mean()
     assert left < (0.9 if "dcgan" in name else 0.6), "no better than the mean picture"

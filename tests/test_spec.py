@@ -3,6 +3,7 @@
 import pytest
 
 from anomaly_vae.errors import ConfigError
+from anomaly_vae.expert_spec import ExpertSpec
 from anomaly_vae.presets import configs_folder, preset_names, read_preset
 from anomaly_vae.recipe import DetectorSpec
 from anomaly_vae.spec import override, parse_yaml
@@ -15,9 +16,16 @@ def test_every_preset_parses_and_says_its_name(name):
     assert DetectorSpec.parse(spec.model_dump(mode="json")) == spec
 
 
-def test_default_preset_is_the_default_spec():
-    """What the library does without a preset is what `train` does without one."""
-    assert read_preset("default").model_copy(update={"preset": "custom"}) == DetectorSpec()
+def test_vae_preset_is_the_default_spec():
+    """The plain VAE is what the library takes where nothing is said."""
+    assert read_preset("vae").model_copy(update={"preset": "custom"}) == DetectorSpec()
+
+
+def test_default_is_novelty_and_defect_together():
+    default, novelty, defect = (read_preset(name) for name in ("default", "novelty", "defect"))
+    for name in ExpertSpec.model_fields:
+        assert getattr(default, name) == getattr(novelty, name), name
+        assert getattr(default.beside["defect"], name) == getattr(defect, name), name
 
 
 def test_shipped_files_are_found():

@@ -1,0 +1,222 @@
+"""`Expert`: one trained model and what its scores learned from normals of the *fit* split."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from anomaly_vae.expert_spec import ExpertSpec
+from anomaly_vae.fusion import fit_scale, standardise
+from anomaly_vae.model import AutoEncoder
+from anomaly_vae.observations import Observation, Seen, gaussian_blur, observe, wide
+from anomaly_vae.score_base import of_classes
+from anomaly_vae.scores import ScoreSpec, measure
+
+Floats = npt.NDArray[np.float64]
+OfScores = dict[str, dict[str, Tensor]]
+
+
+class Batch(NamedTuple):
+    """uint8 images (B, C, H, W), and their classes (B,) for detectors that want them given.
+
+    `inside` (B, H, W) bool: the pixels that count, where not all do.
+    """
+
+    images: Tensor
+    label: Tensor | None = None
+    inside: Tensor | None = None
+
+    def seen_by(self, model: AutoEncoder) -> Seen:
+        """What the model makes of them."""
+        return observe(model, model.view(self.images), on(model.device, self.label))
+
+
+Batches = Callable[[], Iterator[Batch]]
+"""Batches as often as they are asked for."""
+
+_HEAT_QUANTILE = 0.995
+"""Share of the normals' pixels whose heat is at most 1."""
+_HEAT_PIXELS = 500
+"""So many pixels of each image tell the quantile as well as all of them, and fit in memory however many images."""
+
+_FOLDS = 5
+
+
+@dataclass(frozen=True)
+class References:
+    """What the scores of one model know about normals, all from the *fit* split.
+
+    `of_scores[kind]`: tensors a score fitted. `scales[kind]`: for fusing, see `fit_scale`. `heat_scales` (maps,): the
+    values that 99.5% of the normals' pixels do not exceed.
+    """
+
+    of_scores: OfScores
+    scales: dict[str, Floats]
+    heat_scales: Floats
+
+
+class Seeing(NamedTuple):
+    """What an expert says of a batch: `columns` (B, scores), `z` (B, fused scores), `heat` (B, H, W) or None."""
+
+    columns: Floats
+    z: Floats
+    heat: Tensor | None
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One trained model and its references."""
+
+    spec: ExpertSpec
+    model: AutoEncoder
+    references: References
+
+    @classmethod
+    def fit(cls, spec: ExpertSpec, model: AutoEncoder, batches: Batches, blur: float, of_one: int = 1) -> "Expert":
+        """Measure references on the *fit* split: first what scores fit, then the scores' own spread.
+
+        A reference flatters the pictures it was fitted on, the more the fewer they are; so the spread is measured
+        crosswise, each picture against references from the other folds. `of_one` rows each are of one picture, and stay
+        in one fold.
+        """
+        model.eval()
+        with torch.inference_mode():
+            statistics = _statistics(spec, model, batches)
+            left_out = range(_FOLDS) if statistics else ()
+            crossed = [_fitted(spec, model, statistics, of_one, leave_out=k) for k in left_out]
+            of_scores = _fitted(spec, model, statistics, of_one)
+            columns, heat = _crosswise(spec, model, batches, crossed, of_scores, blur, of_one)
+        scales = {kind: fit_scale(_natural(spec, kind, columns[:, i])) for i, kind in enumerate(spec.kinds)}
+        references = References(of_scores, scales, np.maximum(np.quantile(heat, _HEAT_QUANTILE, axis=0), 1e-12))
+        return cls(spec, model, references)
+
+    def judge(self, batch: Batch, blur: float | None) -> Seeing:
+        """Scores of images, and with a `blur` (share of the shorter side) their heat at the images' own resolution."""
+        seen = batch.seen_by(self.model)
+        columns = _columns(self.spec, seen, self.references.of_scores)
+        heat = None
+        if blur is not None:
+            maps = _maps(self.spec, seen, self.references.of_scores, blur)
+            scales = torch.from_numpy(self.references.heat_scales).to(maps)
+            heat = enlarged(compressed(maps / scales[:, None, None]).mean(1), batch.images)
+        return Seeing(columns, self._standardised(columns), heat)
+
+    def _standardised(self, columns: Floats) -> Floats:
+        of_kind, scales = dict(zip(self.spec.kinds, columns.T, strict=True)), self.references.scales
+        fused = self.spec.fused
+        return np.stack([standardise(_natural(self.spec, kind, of_kind[kind]), scales[kind]) for kind in fused], 1)
+
+    def on(self, device: torch.device) -> "Expert":
+        """Model and references on `device`."""
+        of_scores = {
+            kind: {name: tensor.to(device) for name, tensor in tensors.items()}
+            for kind, tensors in self.references.of_scores.items()
+        }
+        return replace(self, model=self.model.to(device), references=replace(self.references, of_scores=of_scores))
+
+
+def on(device: torch.device, label: Tensor | None) -> Tensor | None:
+    """Classes on `device`, where there are any."""
+    return None if label is None else label.to(device)
+
+
+def compressed(heat: Tensor) -> Tensor:
+    """Heat whose excess over 1 grows by its logarithm, so that one model's shout does not drown the others."""
+    return torch.where(heat > 1, 1 + heat.clamp_min(1).log(), heat)
+
+
+def enlarged(heat: Tensor, images: Tensor) -> Tensor:
+    """Heat (B, h, w) at the resolution of `images` (B, C, H, W)."""
+    size = images.shape[2:]
+    if heat.shape[1:] == size:
+        return heat
+    return torch.nn.functional.interpolate(heat[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def _statistics(spec: ExpertSpec, model: AutoEncoder, batches: Batches) -> dict[str, Floats]:
+    """For each score that fits anything, what it wants to see of all fit images, one row an image."""
+    found: dict[str, list[Floats]] = {}
+    for batch in batches():
+        seen = batch.seen_by(model)
+        for score in spec.scores:
+            statistic = score.statistic(seen)
+            if statistic is not None:
+                found.setdefault(score.kind, []).append(statistic.double().cpu().numpy())
+    return {kind: np.concatenate(rows) for kind, rows in found.items()}
+
+
+def _fitted(
+    spec: ExpertSpec, model: AutoEncoder, statistics: dict[str, Floats], of_one: int, leave_out: int | None = None
+) -> OfScores:
+    """References from all rows, or from all but those of one fold (the picture's number modulo `_FOLDS`)."""
+    fitted: OfScores = {}
+    for score in spec.scores:
+        if score.kind in statistics:
+            rows = statistics[score.kind]
+            keep = np.arange(len(rows)) // of_one % _FOLDS != leave_out
+            found = score.fit(rows[keep] if keep.any() else rows)
+            fitted[score.kind] = {name: torch.from_numpy(value).to(model.device) for name, value in found.items()}
+    return fitted
+
+
+def _crosswise(
+    spec: ExpertSpec,
+    model: AutoEncoder,
+    batches: Batches,
+    crossed: list[OfScores],
+    references: OfScores,
+    blur: float,
+    of_one: int,
+) -> tuple[Floats, npt.NDArray[np.float32]]:
+    """All scores of all fit images, each by the references that left its fold out; and a sample of their heat."""
+    rows, heats, before = [], [], 0
+    for batch in batches():
+        seen = batch.seen_by(model)
+        by_fold = np.stack([_columns(spec, seen, of_fold) for of_fold in crossed or [{}]])
+        position = np.arange(before, before + len(batch.images)) // of_one
+        rows.append(by_fold[position % len(by_fold), np.arange(len(batch.images))])
+        # A stride that shares no factor with the width wanders over rows and columns alike. What is measured are maps
+        # by all references: leaving a fold out would move their extremes by less than their own spread.
+        heats.append(_sample(_maps(spec, seen, references, blur), batch.inside).cpu().numpy())
+        before += len(batch.images)
+    return np.concatenate(rows), np.concatenate(heats)
+
+
+def _sample(maps: Tensor, inside: Tensor | None) -> Tensor:
+    """Some pixels (n, maps) of maps (B, maps, h, w), of those that count."""
+    if inside is None:
+        heat = maps.flatten(2)
+        return heat[:, :, :: max(1, heat.shape[2] // _HEAT_PIXELS) | 1].transpose(1, 2).flatten(0, 1)
+    counts = torch.nn.functional.adaptive_max_pool2d(inside[:, None].float(), maps.shape[2:])[:, 0] > 0
+    heat = maps.permute(0, 2, 3, 1)[counts.to(maps.device)]
+    return heat[:: max(1, len(heat) // (_HEAT_PIXELS * len(maps))) | 1]
+
+
+def _maps(spec: ExpertSpec, seen: Seen, of_scores: OfScores, blur: float) -> Tensor:
+    """The maps that make the heat, blurred, (B, maps, h, w): of the scores in `spec.mapped`, or the deviation."""
+    if not spec.mapped:
+        return seen.heat(blur)[:, None]
+    maps = [of_classes(seen, partial(_map, score, of_scores.get(score.kind, {}))) for score in spec.mapped]
+    return torch.stack([gaussian_blur(one, blur * min(one.shape[1:])) for one in maps], 1)
+
+
+def _map(score: ScoreSpec, references: Mapping[str, Tensor], seen: Observation) -> Tensor:
+    found = score.map(seen, references)
+    assert found is not None  # the spec has made sure
+    return found.float()
+
+
+def _columns(spec: ExpertSpec, seen: Seen, of_scores: OfScores) -> Floats:
+    columns = [wide(measure(score, seen, of_scores.get(score.kind, {}))) for score in spec.scores]
+    return np.asarray(torch.stack(columns, 1).cpu().numpy(), np.float64)
+
+
+def _natural(spec: ExpertSpec, kind: str, column: Floats) -> Floats:
+    """A score on the scale where normals are most nearly bell-shaped."""
+    score = spec.scores[spec.kinds.index(kind)]
+    return np.log(np.maximum(column, 1e-300)) if score.log_scale else column
