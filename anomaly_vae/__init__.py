@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from anomaly_vae.estimator import VAEOutlierDetector as VAEOutlierDetector
     from anomaly_vae.images import ImageSpec as ImageSpec
     from anomaly_vae.recipe import DetectorSpec as DetectorSpec
+    from anomaly_vae.regions import regions_json as regions_json
     from anomaly_vae.rendering import heatmap_png as heatmap_png
     from anomaly_vae.spec import Spec as Spec
     from anomaly_vae.spec import override as override
@@ -52,6 +53,7 @@ _HOME = {
     "parse_yaml": "spec",
     "pick_device": "engine",
     "read_yaml": "spec",
+    "regions_json": "regions",
 }
 
 __all__ = [*sorted(_HOME), "__version__"]

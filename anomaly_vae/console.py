@@ -193,14 +193,25 @@ def _alarms(evaluation: "Evaluation") -> str:
 
 def verdict_table(rows: list[dict[str, Any]]) -> Table:
     """Verdicts of single pictures."""
-    table = Table("picture", "verdict", "p-value", "score")
+    boxes = any("regions" in row for row in rows)
+    table = Table(
+        "picture", "verdict", "p-value", "score", *(["hottest region (width x height at x, y)"] if boxes else [])
+    )
     for row in rows:
         if row.get("error"):
             table.add_row(escape(row["path"]), f"unreadable: {escape(row['error'])}", "", "")
         else:
             verdict = "[bold red]outlier[/]" if row["outlier"] else "normal"
-            table.add_row(escape(row["path"]), verdict, f"{row['p_value']:.4f}", f"{row['score']:.3f}")
+            figures = [f"{row['p_value']:.4f}", f"{row['score']:.3f}", *([_regions(row["regions"])] if boxes else [])]
+            table.add_row(escape(row["path"]), verdict, *figures)
     return table
+
+
+def _regions(regions: list[dict[str, Any]]) -> str:
+    if not regions:
+        return "none"
+    first, more = regions[0], f" and {len(regions) - 1} more" if len(regions) > 1 else ""
+    return f"{first['width']:.0f} x {first['height']:.0f} at {first['x']:.0f}, {first['y']:.0f}{more}"
 
 
 def classes_table(classified: "Classified") -> Table:

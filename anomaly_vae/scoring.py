@@ -6,6 +6,7 @@ from typing import Any
 
 from anomaly_vae.engine import Engine
 from anomaly_vae.errors import BadImage, DataError
+from anomaly_vae.regions import regions_json
 from anomaly_vae.rendering import heatmap_png
 from anomaly_vae.scanning import printable, read_picture
 
@@ -13,7 +14,7 @@ from anomaly_vae.scanning import printable, read_picture
 def score_files(
     engine: Engine, paths: list[Path], heatmaps: Path | None = None, class_name: str | None = None
 ) -> list[dict[str, Any]]:
-    """One row a file: verdict, or `error` in one line. Heat maps go to `heatmaps`/NAME.heatmap.png.
+    """One row a file: verdict, or `error` in one line. Heat maps go to `heatmaps`/NAME.heatmap.png, boxes to `regions`.
 
     `class_name`: that of all the pictures, for a conditional detector that must be told it.
     """
@@ -49,7 +50,8 @@ def _score_file(engine: Engine, path: Path, place: Path | None, class_name: str 
     if not path.exists():
         return row | {"error": "it does not exist; look for a misspelling"}
     try:
-        image = engine.prepare(read_picture(path, engine.detector.image.max_bytes))
+        data = read_picture(path, engine.detector.image.max_bytes)
+        image = engine.prepare(data)
     except BadImage as error:
         return row | {"error": str(error)}
     except OSError as error:
@@ -57,6 +59,7 @@ def _score_file(engine: Engine, path: Path, place: Path | None, class_name: str 
     judged = engine.judge(image[None], place is not None, None if class_name is None else [class_name])
     row |= judged.row(0) | {"version": judged.version}
     if place is not None and judged.heat is not None:
+        row["regions"] = regions_json(judged.heat[0], engine.detector.image, data)
         try:
             place.write_bytes(heatmap_png(judged.heat[0], judged.heat_scale, image.numpy()))
         except OSError as error:

@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from anomaly_vae import BadImage, Engine, heatmap_png
+from anomaly_vae import BadImage, Engine, heatmap_png, regions_json
 from service.batching import Batcher, Judge, NotAccepted, NotScored, Reservation, Scored, Ticket
 from service.errors import Problem
 from service.metrics import Metrics
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+Heat = Literal["none", "regions", "png"]
+"""What is wanted of heat maps: nothing, boxes around what they show, or those and the drawn map."""
 
 _BAD_IMAGE_STATUS = {
     "empty": HTTPStatus.BAD_REQUEST,
@@ -83,7 +85,7 @@ class Scorer:
         image = engine.detector.image
         return engine.judge, torch.zeros((image.channels, image.height, image.width), dtype=torch.uint8)
 
-    def score(self, files: Sequence[Upload], *, deadline: float, heatmap: bool) -> list[Verdict | Problem]:
+    def score(self, files: Sequence[Upload], *, deadline: float, heat: Heat) -> list[Verdict | Problem]:
         """One outcome a file, in order; `deadline` is a `time.monotonic()`. Raises `Problem` if all are refused.
 
         Several files share the bulk lane, so that a large request does not delay the single pictures of others.
@@ -92,8 +94,9 @@ class Scorer:
         try:
             with self._places(len(files), deadline) as places:
                 for file in files:  # one by one: what is queued when a later one fails must be known
-                    tickets.append(self._submit(places, file.data, deadline, heatmap))  # noqa: PERF401
-            return [self._outcome(ticket, deadline) for ticket in tickets]
+                    tickets.append(self._submit(places, file.data, deadline, heat != "none"))  # noqa: PERF401
+            pairs = zip(tickets, files, strict=True)
+            return [self._outcome(ticket, file.data, deadline, heat == "png") for ticket, file in pairs]
         except BaseException:
             for ticket in tickets:
                 if isinstance(ticket, Ticket):
@@ -132,13 +135,16 @@ class Scorer:
             return late
         return places.submit(image, heatmap=heatmap)
 
-    def _outcome(self, ticket: Ticket | Problem, deadline: float) -> Verdict | Problem:
+    def _outcome(self, ticket: Ticket | Problem, data: bytes, deadline: float, draw: bool) -> Verdict | Problem:
         if isinstance(ticket, Problem):
             return ticket
         try:
             scored = ticket.result()
             row = _plain(scored.row)
-            drawn = None if scored.heat is None else self._timed("draw", deadline, lambda: _drawn(scored, ticket))
+            drawn = None
+            if scored.heat is not None:
+                row["regions"] = regions_json(scored.heat, self.detector.image, data)
+                drawn = self._timed("draw", deadline, lambda: _drawn(scored, ticket)) if draw else None
         except NotScored as failure:
             self._metrics.rejected("deadline" if failure.reason == "expired" else failure.reason)
             return _failed(failure)

@@ -18,7 +18,7 @@ LIBRARY = [
     {"backbones", "image_headers", "calibration", "fusion", "metrics", "bundle"},
     {"images", "model", "checkpoints"},
     {"perceptual", "differentiable", "tiling", "masking"},
-    {"objectives", "observations"},
+    {"objectives", "observations", "regions"},
     {"score_base", "whitening"},
     {
         "error_scores",
