@@ -1,6 +1,7 @@
 """`Member`: all experts of a detector, trained on one division of the normals; K-fold calibration needs several."""
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -79,8 +80,9 @@ class Member:
 
     def _judge(self, spec: DetectorSpec, batch: Batch, heat: bool) -> Opinion:
         """As `judge`, of what the models see."""
+        mapped = self._finest() if heat else set()
         seen = {
-            name: _averaged([expert.judge(batch, spec.heat_blur if heat else None) for expert in experts])
+            name: _averaged([expert.judge(batch, spec.heat_blur if name in mapped else None) for expert in experts])
             for name, experts in self.experts.items()
         }
         columns = np.concatenate([one.columns for one in seen.values()], 1)
@@ -90,6 +92,11 @@ class Member:
         else:
             score = columns[:, spec.parts.index(spec.verdict)]
         return Opinion(columns, score, torch.stack(heats).mean(0) if heats else None)
+
+    def _finest(self) -> set[str]:
+        """The kinds that see pictures at the finest resolution: another's map would only blur theirs."""
+        pixels = {name: math.prod(experts[0].model.picture_shape[1:]) for name, experts in self.experts.items()}
+        return {name for name, count in pixels.items() if count == max(pixels.values())}
 
     def on(self, device: torch.device) -> "Member":
         """The same on `device`."""
