@@ -26,10 +26,13 @@ class Row:
 
 
 def grid_png(rows: Sequence[Row], columns: Sequence[str] = ()) -> bytes:
-    """Draw rows of pictures of one size; `columns` are headings. Pixels stay square, small ones are enlarged."""
+    """Draw rows of pictures of one shape; `columns` are headings. Pixels stay square, small ones are enlarged.
+
+    Those of a coarser resolution, as of a model that sees shrunken pictures, are drawn as large as the others.
+    """
     if not rows or not rows[0].pictures:
         raise ValueError("a grid needs at least one picture")
-    width, height = shown_size(rows[0].pictures[0])
+    width, height = max(shown_size(picture) for row in rows for picture in row.pictures)
     font = ImageFont.load_default(12)
     left = _MARGIN + min(_LARGEST_LABEL, max(round(font.getlength(row.label)) for row in rows)) + _GAP
     left = _MARGIN if left == _MARGIN + _GAP else left + _GAP
@@ -44,7 +47,7 @@ def grid_png(rows: Sequence[Row], columns: Sequence[str] = ()) -> bytes:
     for row, high in zip(rows, heights, strict=True):
         draw.text((_MARGIN, top + height // 2 - 7), _fitted(row.label, _LARGEST_LABEL), _TEXT, font)
         for j, picture in enumerate(row.pictures):
-            canvas.paste(_shown(picture), (left + j * (width + _GAP), top))
+            canvas.paste(_shown(picture, (width, height)), (left + j * (width + _GAP), top))
         for j, caption in enumerate(row.captions):
             _centre(draw, caption, left + j * (width + _GAP), top + height, width, _FAINT)
         top += high
@@ -90,8 +93,8 @@ def arrays(pictures: Iterable[npt.ArrayLike]) -> list[Picture]:
     return [np.asarray(picture, np.uint8) for picture in pictures]
 
 
-def _shown(picture: Picture) -> Image.Image:
-    image, size = _image(picture), shown_size(picture)
+def _shown(picture: Picture, size: tuple[int, int]) -> Image.Image:
+    image = _image(picture)
     return image.resize(size, Image.Resampling.NEAREST if size[0] >= image.width else Image.Resampling.BOX)
 
 

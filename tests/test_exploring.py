@@ -585,3 +585,14 @@ def test_curves_leave_out_what_was_never_computed(missing):
     assert len(chart["data"]) == 4 - len(missing)
     assert "yaxis2" not in chart["layout"]
     assert "yaxis2" in explore_page.curves_chart([row], 1, "penalty", "an image")["layout"]
+
+
+def test_coarse_pictures_fill_their_place_in_a_grid():
+    """A model that sees shrunken pictures decodes small ones; they stand beside whole ones at the same size."""
+    whole, coarse = np.zeros((3, 64, 64), np.uint8), np.full((3, 16, 16), 255, np.uint8)
+    drawn = np.asarray(Image.open(io.BytesIO(grid_png([Row("", [whole]), Row("", [coarse])]))).convert("L"))
+    black, white = (drawn == 0).sum(), (drawn == 255).sum()
+    alone = np.asarray(Image.open(io.BytesIO(grid_png([Row("", [whole]), Row("", [whole])]))).convert("L"))
+    assert drawn.shape == alone.shape
+    assert black == (alone == 0).sum() / 2
+    assert white == drawn.size - black
