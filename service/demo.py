@@ -45,7 +45,9 @@ def demo_command(check: bool, folder: Path, port: int) -> None:
     pictures, bundle = folder / "digits", folder / "bundle"
     count = write_pictures(pictures)
     print_line(f"{count} handwritten digits written to {pictures} (normal: 0-3, abnormal: 4-9)")
-    _run("train", "--data", str(pictures), "--out", str(bundle), "--overwrite", "-o", f"calibration.alpha={ALPHA}")
+    # A plain VAE: a minute must do for all of it.
+    options = ["--preset", "vae", "--overwrite", "-o", f"calibration.alpha={ALPHA}"]
+    _run("train", "--data", str(pictures), "--out", str(bundle), *options)
     evaluation = json.loads(_run("evaluate", str(bundle), "--data", str(pictures), "--json"))
     with _service(bundle, 0 if check else port) as (process, address):
         sent, seconds = _score_all(address, pictures / "test")
