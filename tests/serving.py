@@ -1,14 +1,17 @@
 """A real service in a process of its own, for the tests of HTTP and of signals."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 START_SECONDS = 120
 
@@ -84,3 +87,11 @@ def running(bundle: Path, *settings: str) -> Iterator[Server]:
         if server.process.poll() is None:
             os.killpg(server.process.pid, signal.SIGKILL)
             server.process.wait(60)
+
+
+def posted(url: str, data: bytes) -> dict[str, Any]:
+    """The JSON answer to `data` posted to `url`; proxies of the environment are not for this machine's own services."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(urllib.request.Request(url, data), timeout=60) as answer:
+        found: dict[str, Any] = json.loads(answer.read())
+    return found

@@ -45,6 +45,7 @@ def built(spec) -> LatentLaw:
 def encoder_of(spec) -> torch.nn.Linear:
     encoder = torch.nn.Linear(7, spec.encoder_outputs)
     torch.nn.init.normal_(encoder.weight, std=0.5, generator=generator_of(0, "weights", 0))
+    torch.nn.init.zeros_(encoder.bias)
     return encoder
 
 

@@ -37,7 +37,8 @@ NARROW = {  # the published sizes are for larger pictures than a test can wait f
 
 
 def small(name: str, steps: int):
-    return read_preset(name, [f"training.steps={steps}", *SMALL, *NARROW.get(name, [])])
+    beside = [f"beside.{other}.training.steps={steps}" for other in read_preset(name).beside]
+    return read_preset(name, [f"training.steps={steps}", *beside, *SMALL, *NARROW.get(name, [])])
 
 
 @pytest.fixture(scope="module")

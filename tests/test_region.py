@@ -3,14 +3,13 @@
 import json
 import subprocess
 import sys
-import urllib.request
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY
 from PIL import Image
-from serving import running
+from serving import posted, running
 from wide import write_wide
 
 from anomaly_vae import ConfigError, Detector, DetectorSpec, Engine, ImageSpec
@@ -203,12 +202,7 @@ def test_info_scan_and_service_agree_with_tiles_and_region_together(tmp_path):
     done = subprocess.run([*command[:3], "info", str(bundle)], check=True, capture_output=True, text=True)
     assert "8 of 32 px a picture, overlapping by 25%" in done.stdout
     assert "50.0% of the picture counts" in done.stdout
-    with (
-        running(bundle) as server,
-        urllib.request.urlopen(
-            urllib.request.Request(f"{server.url}/v1/score?heatmap=png", files[0].read_bytes())
-        ) as answer,
-    ):
-        result = json.loads(answer.read())["results"][0]
+    with running(bundle) as server:
+        result = posted(f"{server.url}/v1/score?heatmap=png", files[0].read_bytes())["results"][0]
     assert result["score"] == scores[0]
     assert result["heatmap_png"]

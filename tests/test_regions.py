@@ -3,13 +3,12 @@
 import json
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from serving import running
+from serving import posted, running
 
 from anomaly_vae import Detector
 from anomaly_vae.console import verdict_table
@@ -131,9 +130,8 @@ def test_every_door_tells_the_same(tiny_bundle, odd_one, tmp_path):
     answers = {}
     with running(tiny_bundle) as server:
         for wanted in ("png", "regions", "none"):
-            request = urllib.request.Request(f"{server.url}/v1/score?heatmap={wanted}", odd_one.read_bytes())
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                answers[wanted] = json.loads(answer.read())["results"][0]
+            found = posted(f"{server.url}/v1/score?heatmap={wanted}", odd_one.read_bytes())
+            answers[wanted] = found["results"][0]
     assert answers["png"]["regions"] == answers["regions"]["regions"] == row["regions"]
     assert "heatmap_png" in answers["png"]
     assert "heatmap_png" not in answers["regions"]

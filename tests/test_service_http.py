@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -209,7 +210,15 @@ def raw(server: Server, sent: bytes) -> bytes:
         connection.sendall(sent)
         if b"Expect" not in sent:
             connection.shutdown(socket.SHUT_WR)
-        return connection.recv(65536)
+        # Headers and body may come in two pieces.
+        reply = b""
+        while piece := connection.recv(65536):
+            reply += piece
+            head, _, body = reply.partition(b"\r\n\r\n")
+            length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
+            if length is None or len(body) >= int(length[1]):
+                break
+        return reply
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ SETTINGS = [
 def command(data: Path, out: Path, *more: str) -> list[str]:
     words = [word for setting in SETTINGS for word in ("-o", setting)]
     fixed = [sys.executable, "-m", "anomaly_vae", "train", "--data", str(data), "--out", str(out), "--device", "cpu"]
-    return [*fixed, *words, *more]
+    return [*fixed, "--preset", "vae", *words, *more]
 
 
 def weights(bundle: Path) -> dict[str, torch.Tensor]:
