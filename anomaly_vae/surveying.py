@@ -22,6 +22,7 @@ _GREY_TOLERANCE = 6  # levels between channels that JPEG alone can cause
 _SIDES = (64, 128)
 _SMALLEST = 16
 _SQUARE_ENOUGH = 1.25
+_LONGEST_RATIO = 8
 _CANVAS_PIXELS, _LONGEST_CANVAS = 2**20, 4096
 
 
@@ -79,7 +80,11 @@ def suggest_image_spec(survey: Survey, tile: int | None = None) -> ImageSpec:
     side = max([side for side in _SIDES if side <= short], default=max(short, _SMALLEST))
     width = height = side
     if max(survey.aspect, 1 / survey.aspect) > _SQUARE_ENOUGH:
-        width, height = (_sixteens(side * math.sqrt(ratio)) for ratio in (survey.aspect, 1 / survey.aspect))
+        longer = max(survey.aspect, 1 / survey.aspect)
+        short = _sixteens(side / math.sqrt(longer))
+        # Of a short side that had to grow, the long one is its multiple, lest the ratio be lost.
+        long = _sixteens(short * min(longer, _LONGEST_RATIO) if short == _SMALLEST else side * math.sqrt(longer))
+        width, height = (long, short) if survey.aspect > 1 else (short, long)
     return ImageSpec(height=height, width=width, channels=1 if survey.grey else 3, fit="stretch")
 
 
