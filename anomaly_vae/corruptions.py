@@ -24,6 +24,12 @@ _FINEST_CELL = 2
 """Pixels between the finest stroke noise's lattice points: a scratch can be as thin as that."""
 _MOST_CELLS = 64
 _LONGEST_ASPECT = 8.0
+_FIBRES = 3
+_THINNEST_FIBRE, _THICKEST_FIBRE = 1.5, 0.1
+"""In pixels (thinner ones would have gaps) and as a share of the picture's longer side."""
+_LENGTH, _WAVES = (0.2, 2.0), (0.5, 3.0)
+_BEND, _STEEPNESS = 2.0, 0.7
+"""A fibre's length and waves per longer side; the most of its parabola's factor and of the slope of its waves."""
 _BRIGHTNESS = (0.1, 0.5)
 _LEAST_CHANGE = 0.5 / 255
 """Half a grey level, the least that a picture file can hold."""
@@ -129,12 +135,14 @@ class MasksSpec(Corruption):
 
 
 class StrokesSpec(Corruption):
-    """Blots, specks and scratches: where smooth noise is highest, something else is blended over the picture.
+    """Blots, specks, scratches and fibres: something else is blended over a part of the picture.
 
     Each picture is touched with `probability` and then draws:
-    - the share of its pixels that is covered, log-uniform between those of `area`, at least one pixel;
-    - the noise: its scale from half the picture to 2 px, log-uniform, its stretch up to 8 : 1 and its direction, as
-      the Perlin noise masks of DRAEM (Zavrtanik et al. 2021) that this follows;
+    - one of `shapes`. `blots` lie where smooth noise is highest, its scale from half the picture to 2 px, log-uniform,
+      its stretch up to 8 : 1 and its direction free, as the Perlin noise masks of DRAEM (Zavrtanik et al. 2021) that
+      this follows; the share of the pixels that they cover is log-uniform between those of `area`, at least one pixel.
+      `fibres` are 1 to 3 bent lines: hairs, cracks. Their width is log-uniform from 1.5 px to a tenth of the longer
+      side, their length from a fifth of it to all across;
     - one of `fills`: one colour; a change of brightness by 0.1 to 0.5 up or down; or a piece of another picture of the
       batch (of itself if alone), turned by right angles, flipped and shifted, exact to the pixel (after CutPaste, Li
       et al. 2021);
@@ -146,6 +154,7 @@ class StrokesSpec(Corruption):
 
     kind: Literal["strokes"] = "strokes"
     area: tuple[PositiveShare, PositiveShare] = (0.001, 1 / 3)
+    shapes: tuple[Literal["blots", "fibres"], ...] = Field(("blots",), min_length=1)
     fills: tuple[Literal["colour", "brightness", "piece"], ...] = Field(("colour", "brightness", "piece"), min_length=1)
     opacity: tuple[PositiveShare, PositiveShare] = (0.2, 1.0)
     softness: Share = 0.0
@@ -159,14 +168,18 @@ class StrokesSpec(Corruption):
 
     def apply(self, x: Tensor, generator: Generator) -> Corrupted:
         area = _log_uniform(x, self.area, (len(x),), generator)
-        noise = _smooth_noise(x, generator)
-        covered = _highest(noise, (area * x[0, 0].numel()).floor().clamp(min=1))
+        height = _smooth_noise(x, generator)
+        covered = _highest(height, (area * x[0, 0].numel()).floor().clamp(min=1))
+        if "fibres" in self.shapes:
+            bent = _chosen(x, self.shapes, generator)["fibres"][:, 0]
+            fibres = _fibres(x, generator)
+            height, covered = torch.where(bent, fibres, height), torch.where(bent, fibres > -1, covered)
         touched = covered[:, None] & _touched(x, self.probability, generator)
         low, high = self.opacity
         opacity = low + (high - low) * _uniform(x, (len(x), 1, 1, 1), generator)
         fill = self._fill(x, generator)
         if self.softness:
-            opacity = opacity * _rise(noise, covered, self.softness * _uniform(x, (len(x), 1, 1), generator))[:, None]
+            opacity = opacity * _rise(height, covered, self.softness * _uniform(x, (len(x), 1, 1), generator))[:, None]
         # Opacity 0 leaves a pixel exactly as it was, which spares a copy under the mask.
         images = torch.lerp(x, fill, (touched * opacity).to(x.dtype))
         if self.softness:
@@ -222,10 +235,10 @@ def _touched(x: Tensor, probability: float, generator: Generator) -> Tensor:
 
 
 def _chosen(x: Tensor, fills: Sequence[str], generator: Generator) -> dict[str, Tensor]:
-    """For each kind of fill, the pictures that drew it, bool (B, 1, 1, 1); all False for kinds not in `fills`."""
+    """For each kind of fill or shape, the pictures that drew it, bool (B, 1, 1, 1); all False for kinds not listed."""
     drawn = torch.randint(len(fills), (len(x), 1, 1, 1), generator=generator, device=x.device)
     nobody = torch.zeros_like(drawn, dtype=torch.bool)
-    chosen = dict.fromkeys(("colour", "noise", "brightness", "piece"), nobody)
+    chosen = dict.fromkeys(("colour", "noise", "brightness", "piece", "blots", "fibres"), nobody)
     for i, fill in enumerate(fills):
         chosen[fill] = chosen[fill] | (drawn == i)  # a fill listed twice is drawn twice as often
     return chosen
@@ -233,8 +246,8 @@ def _chosen(x: Tensor, fills: Sequence[str], generator: Generator) -> dict[str, 
 
 def _smooth_noise(x: Tensor, generator: Generator) -> Tensor:
     """Value noise on a lattice that each picture scales, stretches and turns for itself, shape (B, H, W)."""
-    batch, _, height, width = x.shape
-    longest = max(height, width)
+    batch = len(x)
+    longest = max(x.shape[2:])
     most = min(max(longest / _FINEST_CELL, 2.0), float(_MOST_CELLS))
     lattice = math.ceil(most) + 1
     values = torch.randn((batch, 1, lattice, lattice), generator=generator, device=x.device)
@@ -242,14 +255,48 @@ def _smooth_noise(x: Tensor, generator: Generator) -> Tensor:
     aspect = _log_uniform(x, (1.0, _LONGEST_ASPECT), (batch, 1, 1), generator)
     angle = math.pi * _uniform(x, (batch, 1, 1), generator)
     phase = _uniform(x, (2, batch, 1, 1), generator) + lattice // 2
-    rows = torch.arange(height, device=x.device).sub((height - 1) / 2).div(longest)[:, None]
-    columns = torch.arange(width, device=x.device).sub((width - 1) / 2).div(longest)
+    rows, columns = _places(x)
     # In lattice units; what runs beyond the lattice is mirrored back by the sampling.
     fine, coarse = cells, cells / aspect
     across = (fine * angle.cos() * columns + phase[0]) + fine * angle.sin() * rows
     along = (coarse * angle.cos() * rows + phase[1]) - coarse * angle.sin() * columns
     grid = torch.stack([_eased(across), _eased(along)], -1).mul_(2 / (lattice - 1)).sub_(1)
     return F.grid_sample(values, grid, mode="bilinear", padding_mode="reflection", align_corners=True)[:, 0]
+
+
+def _fibres(x: Tensor, generator: Generator) -> Tensor:
+    """Minus the distance to the nearest of a picture's bent lines, in halves of that line's width, shape (B, H, W).
+
+    A line is a parabola with a ripple, in a frame turned and moved so that it passes through a point of the picture.
+    Its distance across over the root of 1 + slope^2 is near enough to the true one.
+    """
+    size = (len(x), _FIBRES, 1, 1)
+    rows, columns = _places(x)
+    angle, phase = math.pi * _uniform(x, size, generator), 2 * math.pi * _uniform(x, size, generator)
+    down, right = 2 * _uniform(x, (2, *size), generator) - 1
+    rows, columns = rows - down * rows.abs().amax(), columns - right * columns.abs().amax()
+    across = angle.cos() * columns + angle.sin() * rows
+    along = angle.cos() * rows - angle.sin() * columns
+    bend = _BEND * (2 * _uniform(x, size, generator) - 1)
+    waves = 2 * math.pi * _log_uniform(x, _WAVES, size, generator)
+    steepness = _STEEPNESS * _uniform(x, size, generator)
+    turn = waves * along + phase
+    slope = 2 * bend * along + steepness * turn.cos()
+    aside = (across - bend * along**2 - steepness / waves * (turn.sin() - phase.sin())) / (1 + slope**2).sqrt()
+    beyond = (along.abs() - _log_uniform(x, _LENGTH, size, generator) / 2).clamp(min=0)
+    thin = _THINNEST_FIBRE / max(x.shape[2:])
+    width = _log_uniform(x, (thin, max(thin, _THICKEST_FIBRE)), size, generator)
+    count = torch.randint(1, _FIBRES + 1, (len(x), 1, 1, 1), generator=generator, device=x.device)
+    left_out = torch.arange(_FIBRES, device=x.device)[:, None, None] >= count
+    return -(torch.hypot(aside, beyond) / (width / 2)).masked_fill(left_out, torch.inf).amin(1)
+
+
+def _places(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (H, 1) and columns (W,) counted from the middle of the picture, in shares of its longer side."""
+    height, width = x.shape[2:]
+    longest = max(height, width)
+    rows = torch.arange(height, device=x.device).sub((height - 1) / 2).div(longest)[:, None]
+    return rows, torch.arange(width, device=x.device).sub((width - 1) / 2).div(longest)
 
 
 def _eased(place: Tensor) -> Tensor:

@@ -352,5 +352,5 @@ def _unpack_expert(
         if name.startswith(f"{place}.score."):
             kind, part = name.removeprefix(f"{place}.score.").split(".")
             of_scores.setdefault(kind, {})[part] = torch.from_numpy(array)
-    scales = {kind: numbers[f"{place}.scale.{kind}"] for kind in spec.kinds}
+    scales = {kind: numbers[f"{place}.scale.{kind}"] for kind in spec.columns}
     return Expert(spec, model.eval(), References(of_scores, scales, numbers[f"{place}.heat_scales"]))

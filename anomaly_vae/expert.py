@@ -91,7 +91,7 @@ class Expert:
             crossed = [_fitted(spec, model, statistics, of_one, leave_out=k) for k in left_out]
             of_scores = _fitted(spec, model, statistics, of_one)
             columns, heat = _crosswise(spec, model, batches, crossed, of_scores, blur, of_one)
-        scales = {kind: fit_scale(_natural(spec, kind, columns[:, i])) for i, kind in enumerate(spec.kinds)}
+        scales = {kind: fit_scale(_natural(spec, kind, columns[:, i])) for i, kind in enumerate(spec.columns)}
         references = References(of_scores, scales, np.maximum(np.quantile(heat, _HEAT_QUANTILE, axis=0), 1e-12))
         return cls(spec, model, references)
 
@@ -107,7 +107,7 @@ class Expert:
         return Seeing(columns, self._standardised(columns), heat)
 
     def _standardised(self, columns: Floats) -> Floats:
-        of_kind, scales = dict(zip(self.spec.kinds, columns.T, strict=True)), self.references.scales
+        of_kind, scales = dict(zip(self.spec.columns, columns.T, strict=True)), self.references.scales
         fused = self.spec.fused
         return np.stack([standardise(_natural(self.spec, kind, of_kind[kind]), scales[kind]) for kind in fused], 1)
 
@@ -146,7 +146,7 @@ def _statistics(spec: ExpertSpec, model: AutoEncoder, batches: Batches) -> dict[
         for score in spec.scores:
             statistic = score.statistic(seen)
             if statistic is not None:
-                found.setdefault(score.kind, []).append(statistic.double().cpu().numpy())
+                found.setdefault(score.column, []).append(statistic.double().cpu().numpy())
     return {kind: np.concatenate(rows) for kind, rows in found.items()}
 
 
@@ -156,11 +156,11 @@ def _fitted(
     """References from all rows, or from all but those of one fold (the picture's number modulo `_FOLDS`)."""
     fitted: OfScores = {}
     for score in spec.scores:
-        if score.kind in statistics:
-            rows = statistics[score.kind]
+        if score.column in statistics:
+            rows = statistics[score.column]
             keep = np.arange(len(rows)) // of_one % _FOLDS != leave_out
             found = score.fit(rows[keep] if keep.any() else rows)
-            fitted[score.kind] = {name: torch.from_numpy(value).to(model.device) for name, value in found.items()}
+            fitted[score.column] = {name: torch.from_numpy(value).to(model.device) for name, value in found.items()}
     return fitted
 
 
@@ -201,7 +201,7 @@ def _maps(spec: ExpertSpec, seen: Seen, of_scores: OfScores, blur: float) -> Ten
     """The maps that make the heat, blurred, (B, maps, h, w): of the scores in `spec.mapped`, or the deviation."""
     if not spec.mapped:
         return seen.heat(blur)[:, None]
-    maps = [of_classes(seen, partial(_map, score, of_scores.get(score.kind, {}))) for score in spec.mapped]
+    maps = [of_classes(seen, partial(_map, score, of_scores.get(score.column, {}))) for score in spec.mapped]
     return torch.stack([gaussian_blur(one, blur * min(one.shape[1:])) for one in maps], 1)
 
 
@@ -212,11 +212,11 @@ def _map(score: ScoreSpec, references: Mapping[str, Tensor], seen: Observation) 
 
 
 def _columns(spec: ExpertSpec, seen: Seen, of_scores: OfScores) -> Floats:
-    columns = [wide(measure(score, seen, of_scores.get(score.kind, {}))) for score in spec.scores]
+    columns = [wide(measure(score, seen, of_scores.get(score.column, {}))) for score in spec.scores]
     return np.asarray(torch.stack(columns, 1).cpu().numpy(), np.float64)
 
 
 def _natural(spec: ExpertSpec, kind: str, column: Floats) -> Floats:
     """A score on the scale where normals are most nearly bell-shaped."""
-    score = spec.scores[spec.kinds.index(kind)]
+    score = spec.scores[spec.columns.index(kind)]
     return np.log(np.maximum(column, 1e-300)) if score.log_scale else column

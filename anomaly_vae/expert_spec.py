@@ -110,20 +110,20 @@ class ExpertSpec(Spec):
         return data
 
     @property
-    def kinds(self) -> tuple[str, ...]:
+    def columns(self) -> tuple[str, ...]:
         """Names of the scores, in order."""
-        return tuple(score.kind for score in self.scores)
+        return tuple(score.column for score in self.scores)
 
     @property
     def fused(self) -> tuple[str, ...]:
         """Names of the scores that are fused."""
-        return self.fusion.parts or tuple(kind for kind in self.kinds if kind in _FUSED) or self.kinds[:1]
+        return self.fusion.parts or tuple(name for name in self.columns if name in _FUSED) or self.columns[:1]
 
     @property
     def mapped(self) -> tuple[ScoreSpec, ...]:
         """The scores whose maps make the heat map; none: the likelihood's deviation does."""
         chosen = _MAPPED if self.heat is None else self.heat
-        return tuple(score for score in self.scores if score.kind in chosen)
+        return tuple(score for score in self.scores if score.column in chosen)
 
     def derived(self) -> Any:
         """Scores that nobody chose follow the model."""
@@ -131,12 +131,12 @@ class ExpertSpec(Spec):
 
     @model_validator(mode="after")
     def _names_agree(self) -> Self:
-        if len(set(self.kinds)) < len(self.kinds):
-            raise ValueError(f"scores lists a kind twice: {', '.join(self.kinds)}")
-        missing = [part for part in self.fusion.parts or () if part not in self.kinds]
+        if len(set(self.columns)) < len(self.columns):
+            raise ValueError(f"scores lists a kind twice: {', '.join(self.columns)}; give one of them a name")
+        missing = [part for part in self.fusion.parts or () if part not in self.columns]
         if missing:
             raise ValueError(f"fusion.parts names {', '.join(missing)}, which scores does not compute; add it there")
-        mapped = {score.kind for score in self.scores if type(score).map is not Score.map}
+        mapped = {score.column for score in self.scores if type(score).map is not Score.map}
         blank = [name for name in self.heat or () if name not in mapped]
         if blank:
             raise ValueError(f"heat names {', '.join(blank)}, which scores gives no map of; leave it out")
@@ -147,7 +147,7 @@ class ExpertSpec(Spec):
         for score in self.scores:
             reason = refusal(score, self.model)
             if reason is not None:
-                raise ValueError(f"scores: {score.kind} cannot be had of this model: {reason}; remove it from scores")
+                raise ValueError(f"scores: {score.column} cannot be had of this model: {reason}; remove it from scores")
         return self
 
     @model_validator(mode="after")

@@ -27,6 +27,9 @@ class SyntheticDefect(Score):
         return marks.topk(max(1, round(self.share * marks.shape[1])), 1).values.mean(1)
 
     def map(self, seen: Observation, references: References) -> Tensor:
+        return seen.once(("marks", self.window), lambda: self._marks(seen))
+
+    def _marks(self, seen: Observation) -> Tensor:
         marks = F.softplus(seen.model.mark(seen.x, seen.output))
         return gaussian_blur(marks, self.window * min(marks.shape[1:]))
 

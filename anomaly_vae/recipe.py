@@ -104,11 +104,11 @@ class DetectorSpec(ExpertSpec):
 
     def _parts(self) -> Iterator[str]:
         for name, expert in self.experts.items():
-            yield from (f"{name}.{kind}" if name else kind for kind in expert.kinds)
+            yield from (f"{name}.{kind}" if name else kind for kind in expert.columns)
 
     @model_validator(mode="after")
     def _fast_enough(self) -> Self:
-        slow = [score.kind for expert in self.experts.values() for score in expert.scores if score.offline]
+        slow = [score.column for expert in self.experts.values() for score in expert.scores if score.offline]
         if slow and not self.offline:
             raise ValueError(
                 f"scores: {', '.join(slow)} takes seconds a picture, too slow for a service; remove it, or set offline "

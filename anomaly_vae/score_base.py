@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 from torch import Tensor
 
 from anomaly_vae.model import ModelSpec
@@ -22,7 +23,8 @@ References = Mapping[str, Tensor]
 
 
 class Score(Spec):
-    """Base: `kind` names the column; `log_scale` says that its logarithm is the natural scale for fusing.
+    """Base: `kind` names the column, or `name` where a kind stands twice; `log_scale` says that its logarithm is the
+    natural scale for fusing.
 
     `is_log_likelihood`: minus the score is a log-likelihood in nats, up to what does not depend on the class.
     `offline`: it costs far too much for a service that answers while somebody waits. `of_pictures`: it takes what the
@@ -33,6 +35,14 @@ class Score(Spec):
     is_log_likelihood: ClassVar[bool] = False
     offline: ClassVar[bool] = False
     of_pictures: ClassVar[bool] = False
+
+    name: str | None = Field(None, pattern=r"^[a-z][a-z0-9_]*$")
+
+    @property
+    def column(self) -> str:
+        """What the score is called wherever it is shown."""
+        kind: str = getattr(self, "kind")  # noqa: B009 - every member has it
+        return self.name or kind
 
     def refusal(self, model: ModelSpec) -> str | None:
         """Why the score means nothing for such a model; None where it does."""

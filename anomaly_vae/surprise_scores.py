@@ -60,7 +60,7 @@ class LocalSurprise(Score):
         return {"line": line, "place": (kept * place).astype(np.float32), "spread": spread.astype(np.float32)}
 
     def _surprise(self, seen: Observation, references: References) -> Tensor:
-        error, contrast = seen.once(("logs", self), lambda: self._logs(seen))
+        error, contrast = seen.once(("logs", self.window, self.texture), lambda: self._logs(seen))
         place, spread = (
             F.interpolate(references[name][None, None], size=error.shape[1:], mode="bilinear", align_corners=False)[0]
             for name in ("place", "spread")

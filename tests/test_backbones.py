@@ -426,6 +426,6 @@ def test_rows_of_numbers_are_no_pictures():
 
 def test_scores_of_features_are_those_of_any_model():
     spec = spec_of(OWN)
-    assert {"negative_elbo", "relative_error", "local_maximum", "mahalanobis"} <= set(spec.kinds)
+    assert {"negative_elbo", "relative_error", "local_maximum", "mahalanobis"} <= set(spec.columns)
     assert spec.mapped == () or all(refusal(score, spec.model) is None for score in spec.mapped)
     assert DetectorSpec.parse(yaml.safe_load(yaml.safe_dump(spec.model_dump(mode="json")))) == spec

@@ -1,8 +1,10 @@
 """Corruptions keep shapes, follow their generator, change what their mask says and as much as their settings say."""
 
+import numpy as np
 import pytest
 import torch
 from pydantic import TypeAdapter
+from scipy import ndimage
 
 from anomaly_vae import corruptions
 from anomaly_vae.corruptions import (
@@ -29,6 +31,7 @@ MEMBERS = [
     {"kind": "strokes", "fills": ["brightness"], "opacity": [0.01, 0.02]},
     {"kind": "strokes", "fills": ["piece"], "area": [0.3, 0.9], "probability": 0.7},
     {"kind": "strokes", "softness": 1.0},
+    {"kind": "strokes", "shapes": ["blots", "fibres"], "softness": 0.5, "probability": 0.7},
 ]
 NOTHING = [
     {"kind": "noise", "sigma": 0},
@@ -235,6 +238,39 @@ def test_strokes_lie_in_all_directions_and_places():
     lying, standing = (columns < 0.7 * rows).float().mean(), (rows < 0.7 * columns).float().mean()
     assert min(lying, standing) > 0.1
     assert abs(lying - standing) < 0.05
+
+
+def test_fibres_are_long_thin_whole_and_few():
+    spec = StrokesSpec(shapes=("fibres",), fills=("colour",))
+    mask = spec.apply(pictures(200, 1, 96, 128), chance()).mask[:, 0] > 0
+    assert mask.any(2).any(1).all()
+    depth = torch.tensor([ndimage.distance_transform_edt(one.numpy()).max() for one in mask])
+    assert depth.max() < 2 * 128 * 0.1 / 2  # where they cross it is deeper than in one alone
+    assert depth.quantile(0.1) <= 2
+    assert depth.quantile(0.9) > 3
+    reach = torch.maximum(mask.any(1).sum(1), mask.any(2).sum(1))
+    assert reach.float().quantile(0.8) > 90
+    pieces = torch.tensor([ndimage.label(one.numpy(), np.ones((3, 3)))[1] for one in mask])
+    assert pieces.float().mean() < 2.5  # up to three, that may be cut by the picture's edge or cross
+    assert pieces.max() <= 6
+
+
+def test_fibres_lie_in_all_directions_and_places():
+    spec = StrokesSpec(shapes=("fibres",), fills=("colour",))
+    mask = spec.apply(pictures(3000, 1, 24, 24), chance()).mask[:, 0]
+    often = mask.mean(0)
+    assert often.min() > 0.3 * often.mean()  # less in the corners, since all pass through the picture
+    assert often.max() < 1.6 * often.mean()
+
+
+def test_some_strokes_are_fibres_and_some_blots():
+    both, blots = (
+        StrokesSpec(shapes=shapes, fills=("colour",), area=(0.2, 0.2)) for shapes in (("blots", "fibres"), ("blots",))
+    )
+    x = pictures(400, 1, 64, 64)
+    area = both.apply(x, chance()).mask.mean((1, 2, 3))
+    assert ((area - 0.2).abs() < 0.005).float().mean().item() == pytest.approx(0.5, abs=0.1)
+    assert ((blots.apply(x, chance()).mask.mean((1, 2, 3)) - 0.2).abs() < 0.005).all()
 
 
 @pytest.mark.parametrize("fill", ["colour", "brightness", "piece"])

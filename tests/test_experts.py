@@ -11,7 +11,10 @@ from anomaly_vae.data import open_pictures
 from anomaly_vae.engine import Engine
 from anomaly_vae.errors import ConfigError
 from anomaly_vae.evaluation import evaluate
+from anomaly_vae.expert import Expert
+from anomaly_vae.expert_spec import ExpertSpec
 from anomaly_vae.marking import MarkerSpec, focal_loss
+from anomaly_vae.member import Batch
 from anomaly_vae.metrics import detection
 from anomaly_vae.presets import read_preset
 from anomaly_vae.seeds import generator_of
@@ -59,22 +62,32 @@ def test_scores_are_named_after_their_expert(detector, digits):
     assert {"relative_error", "unfamiliar_view", "defect.local_maximum", "defect.synthetic_defect"} <= set(judged.parts)
 
 
+def test_a_kind_that_stands_twice_has_a_name_and_settings_of_its_own(digits):
+    scores = [{"kind": "top_k"}, {"kind": "top_k", "name": "wide", "share": 1.0}, {"kind": "squared_error"}]
+    spec = ExpertSpec.parse({"scores": scores, "fusion": {"parts": ["top_k", "wide"]}})
+    assert spec.columns == ("top_k", "wide", "squared_error")
+    expert = Expert.fit(spec, spec.model.build((1, 8, 8), 0), lambda: iter([Batch(digits[0][:20])]), 0.05)
+    with torch.inference_mode():
+        top, wide, mean = expert.judge(Batch(digits[0][:6]), None).columns.T
+    np.testing.assert_allclose(wide, mean, rtol=1e-5)
+    assert (top > wide).all()
+    assert ExpertSpec.parse(spec.model_dump(mode="json")) == spec
+    with pytest.raises(ConfigError, match="lists a kind twice: top_k, top_k; give one of them a name"):
+        ExpertSpec.parse({"scores": [{"kind": "top_k"}, {"kind": "top_k", "share": 1.0}]})
+
+
 def test_an_ensemble_is_averaged(detector, digits):
     member = detector.members[0]
     first, second = member.experts["defect"]
     assert not torch.equal(next(first.model.parameters()), next(second.model.parameters()))
     with torch.inference_mode():
-        from anomaly_vae.member import Batch
-
         each = [expert.judge(Batch(digits[0][:8]), None).columns for expert in (first, second)]
-    names = [f"defect.{kind}" for kind in first.spec.kinds]
+    names = [f"defect.{kind}" for kind in first.spec.columns]
     judged = detector.judge(digits[0][:8])
     np.testing.assert_allclose(np.stack([judged.parts[name] for name in names], 1), np.mean(each, 0), rtol=1e-6)
 
 
 def test_the_verdict_fuses_the_fused(detector, digits):
-    from anomaly_vae.member import Batch
-
     member, spec = detector.members[0], detector.spec
     with torch.inference_mode():
         z = []
