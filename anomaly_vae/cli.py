@@ -185,7 +185,7 @@ def evaluate(
     if evaluation.unreadable:
         console.note(f"skipped {evaluation.unreadable} unreadable pictures")
     console.out.print(console.evaluation_table(evaluation))
-    if len(evaluation.kinds) > 1:
+    if len(evaluation.kinds) > 1 or evaluation.known_kinds:
         console.out.print(console.kinds_table(evaluation))
 
 

@@ -25,6 +25,7 @@ out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty()
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 _PLAIN_SECONDS = 10.0
+_IN_TRAINING = {True: "known", False: "unseen", None: "?"}
 _WIDE = 130
 """Columns from which on the parts of the loss fit beside the bar."""
 
@@ -156,12 +157,18 @@ def evaluation_table(evaluation: "Evaluation") -> Table:
 
 
 def kinds_table(evaluation: "Evaluation") -> Table:
-    """One row for each kind of abnormal picture."""
-    table = Table("kind", "pictures", "flagged", "AUROC", title="By kind", title_justify="left")
+    """One row for each kind of abnormal picture; with known kinds also whether it is one of them."""
+    columns = ["kind", "pictures", "flagged", "AUROC", *(["in training"] if evaluation.known_kinds else [])]
+    table = Table(*columns, title="By kind", title_justify="left")
     for kind in evaluation.kinds:
-        share = f"{kind.flagged} ({kind.flagged / kind.n:.0%})"
-        table.add_row(escape(kind.kind), str(kind.n), share, "-" if kind.auroc is None else f"{kind.auroc:.3f}")
+        share, auroc = f"{kind.flagged} ({kind.flagged / kind.n:.0%})", _number(kind.auroc)
+        seen = [_IN_TRAINING[kind.known]] if evaluation.known_kinds else []
+        table.add_row(escape(kind.kind), str(kind.n), share, auroc, *seen)
     return table
+
+
+def _number(auroc: float | None) -> str:
+    return "-" if auroc is None else f"{auroc:.3f}"
 
 
 def _figures(evaluation: "Evaluation") -> Iterator[tuple[str, str]]:
@@ -179,6 +186,10 @@ def _figures(evaluation: "Evaluation") -> Iterator[tuple[str, str]]:
         yield f"false alarms at alpha {evaluation.policy.alpha:g}", _alarms(evaluation)
     if evaluation.detection_rate is not None:
         yield "outliers found", f"{evaluation.detected} of {evaluation.n_abnormal} ({evaluation.detection_rate:.1%})"
+    if evaluation.unseen is not None:
+        unseen = evaluation.unseen
+        found = f"{unseen.flagged} of {unseen.n} ({unseen.detection_rate:.1%}), AUROC {_number(unseen.auroc)}"
+        yield "of kinds not shown in training", found
     yield "speed", f"{evaluation.images_per_second:.0f} images/s"
 
 

@@ -231,10 +231,10 @@ def _suitable_workers(listing: Listing) -> int:
 def _of_readable(source: _Source, loaded: list[_Loaded]) -> Pictures:
     rows = [row for row, one in enumerate(loaded) if one.unreadable is None]
     unreadable = tuple((one.item.key, one.unreadable) for one in loaded if one.unreadable is not None)
-    if not any(loaded[row].item.normal for row in rows):
-        key, reason = next((one.item.key, one.unreadable) for one in loaded if one.item.normal)
-        count = sum(one.item.normal for one in loaded)
-        raise DataError(f"none of the {count:,} normal pictures can be read; the first, {key}: {reason}")
+    normal = [one for one in loaded if one.item.normal]
+    if normal and all(one.unreadable is not None for one in normal):
+        key, reason = normal[0].item.key, normal[0].unreadable
+        raise DataError(f"none of the {len(normal):,} normal pictures can be read; the first, {key}: {reason}")
     bad_masks = [(one.item.key, one.bad_mask) for one in loaded if one.bad_mask is not None]
     notes = [*source.listing.notes]
     if bad_masks:

@@ -37,6 +37,7 @@ def bundle_facts(detector: Detector, bundle: Bundle) -> dict[str, Any]:
         "calibration_groups": detector.calibration.groups,
         "bytes": {name: len(data) for name, data in bundle.files.items()},
         "torch": bundle.description.get("torch"),
+        "known_kinds": list(detector.known_kinds),
         "data_fingerprint": bundle.description.get("data_fingerprint"),
         "metrics": {key: value for key, value in bundle.metrics.items() if key != "members"},
         "spec": detector.spec.model_dump(mode="json"),
@@ -53,6 +54,7 @@ def facts_table(path: Path, facts: dict[str, Any]) -> Table:
         "pictures": f"{image['width']}x{image['height']} px, {kind}, {image['fit']}",
         **_looked_at(spec),
         **_models(spec),
+        **_shown(facts),
         "divisions": f"{facts['members']}" + (" (K-fold), each with all models" if facts["members"] > 1 else ""),
         "parameters": f"{facts['parameters']:,} a division",
         "scores": ", ".join(facts["scores"]),
@@ -76,6 +78,12 @@ def _looked_at(spec: DetectorSpec) -> dict[str, str]:
     if counts is not None:
         lines["region"] = f"{float(counts.float().mean()):.1%} of the picture counts"
     return lines
+
+
+def _shown(facts: dict[str, Any]) -> dict[str, str]:
+    """What anomalies it was shown in training, if any."""
+    kinds = facts["known_kinds"]
+    return {"known anomalies": f"{', '.join(kinds)} (outlier exposure)"} if kinds else {}
 
 
 def _models(spec: DetectorSpec) -> dict[str, str]:

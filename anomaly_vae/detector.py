@@ -91,7 +91,8 @@ class Detector:
     """Judges images; see `judge`. Built by `training`, saved and loaded by `save` and `load`.
 
     `version`: the first 12 hex digits of its content hash. `seen`: hashes (uint64) of all pictures that took part in
-    training, fitting or calibration, so that an evaluation can leave them out.
+    training, fitting or calibration, so that an evaluation can leave them out. `known_kinds`: the kinds of anomalies
+    that it was shown in training.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Detector:
         policy: Policy | None = None,
         version: str = "unsaved",
         seen: npt.NDArray[np.uint64] | None = None,
+        known_kinds: Sequence[str] = (),
     ) -> None:
         if len(members) != len(calibration.scores):
             raise ValueError(f"{len(members)} members but calibration scores of {len(calibration.scores)}")
@@ -112,6 +114,7 @@ class Detector:
         self.policy = policy or policy_of(calibration, spec.calibration.alpha, spec.calibration.mode)
         self.version = version
         self.seen = seen if seen is not None else np.zeros(0, np.uint64)
+        self.known_kinds = tuple(known_kinds)
 
     @property
     def device(self) -> torch.device:
@@ -126,7 +129,10 @@ class Detector:
     def with_policy(self, alpha: float | None = None, mode: Mode | None = None) -> "Detector":
         """The same detector under another alpha or mode; raises `CalibrationError` when n does not support it."""
         policy = policy_of(self.calibration, self.policy.alpha if alpha is None else alpha, mode or self.policy.mode)
-        return Detector(self.spec, self.members, self.calibration, policy, self.version, self.seen)
+        return self._as(policy, self.version)
+
+    def _as(self, policy: Policy, version: str) -> "Detector":
+        return Detector(self.spec, self.members, self.calibration, policy, version, self.seen, self.known_kinds)
 
     def prepare(self, data: bytes) -> Tensor:
         """A picture's bytes as the uint8 (C, H, W) that `judge` takes; raises `BadImage`. Safe in many threads."""
@@ -200,7 +206,7 @@ class Detector:
         bundle = Bundle(self._description(), self._files(probes), metrics or {})
         write_bundle(path, bundle, replace)
         version = bundle.content_hash[:12]
-        return Detector(self.spec, self.members, self.calibration, self.policy, version, self.seen)
+        return self._as(self.policy, version)
 
     @classmethod
     def load(cls, path: Path, device: torch.device | str = "cpu") -> Self:
@@ -225,7 +231,8 @@ class Detector:
         members = [_unpack_member(spec, i, weights, numbers).on(device) for i in range(count)]
         calibration = Calibration.of([numbers[f"calibration.{i}"] for i in range(count)], description.groups)
         policy = policy_of(calibration, description.alpha, description.mode)
-        return cls(spec, members, calibration, policy, bundle.content_hash[:12], numbers["seen"])
+        version, kinds = bundle.content_hash[:12], description.known_kinds
+        return cls(spec, members, calibration, policy, version, numbers["seen"], kinds)
 
     def _description(self) -> dict[str, Any]:
         description = Description(
@@ -236,6 +243,7 @@ class Detector:
             groups=self.calibration.groups,
             calibration_images=self.calibration.n,
             seen_images=len(self.seen),
+            known_kinds=self.known_kinds,
             data_fingerprint=fingerprint_of(self.seen),
             torch=str(torch.__version__),
         )
@@ -289,6 +297,7 @@ class Description(Spec):
     groups: int | None = Field(ge=1)
     calibration_images: int
     seen_images: int
+    known_kinds: tuple[str, ...] = ()
     data_fingerprint: str
     torch: str
 

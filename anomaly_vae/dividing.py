@@ -88,3 +88,17 @@ def group_count(pictures: Pictures, parts: list[Part]) -> int | None:
 def blank_calibration(parts: list[Part], groups: int | None) -> Calibration:
     """A calibration of these sizes before there are scores, to ask what it could promise."""
     return Calibration.of([np.zeros(len(part.calibrate)) for part in parts], groups)
+
+
+def described(parts: list[Part], crossed: bool, pictures: Pictures) -> str:
+    """The division in one line."""
+    usable = len(made_from(parts))
+    held = sum(item.normal for item in pictures.items) - usable
+    if crossed:
+        how = f"{len(parts)}-fold cross-calibration, {len(parts)} models, since they are few"
+        again = copies(parts)
+        how += f"; {again} copies do not calibrate" if again else ""
+    else:
+        part = parts[0]
+        how = f"{len(part.train)} train, {len(part.fit)} fit, {len(part.calibrate)} calibrate"
+    return f"normals: {usable} used ({how}), {held} left for testing"

@@ -13,7 +13,7 @@ from anomaly_vae.data import Pictures, open_pictures
 from anomaly_vae.detector import Judgement, Policy
 from anomaly_vae.engine import Engine
 from anomaly_vae.errors import DataError
-from anomaly_vae.layouts import DataSpec
+from anomaly_vae.layouts import KNOWN_ANOMALIES, DataSpec
 from anomaly_vae.metrics import Detection, Localisation, detection, localisation
 
 Indices = npt.NDArray[np.int64]
@@ -23,12 +23,30 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of abnormal pictures: how many, how many were flagged, and the AUROC against all test normals."""
+    """One kind of abnormal pictures: how many, how many were flagged, and the AUROC against all test normals.
+
+    `known`: whether anomalies of this kind took part in training; None where some did and nobody knows of what kind.
+    """
 
     kind: str
     n: int
     flagged: int
     auroc: float | None
+    known: bool | None = False
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """The abnormal pictures of all kinds that took no part in training: how many were flagged, and their AUROC."""
+
+    n: int
+    flagged: int
+    auroc: float | None
+
+    @property
+    def detection_rate(self) -> float:
+        """Share of them flagged."""
+        return self.flagged / self.n
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +67,9 @@ class Evaluation:
     `false_alarms`: flagged normals, with the central 90% interval that calibration predicts.
     `detection_rate`: share of the abnormal flagged. `excluded`: left out, since known to the detector or a copy;
     `classless`: left out, since the detector must be told a class and theirs is none of its own.
-    `parts`: AUROC of each score by itself. `cases`: what the figures were counted from; `to_dict` leaves it out.
+    `known_kinds`: kinds of anomalies that took part in training; `unseen`: the figures of all others, None where there
+    are no known kinds, no others, or known anomalies of unknown kind. `parts`: AUROC of each score by itself. `cases`:
+    what the figures were counted from; `to_dict` leaves it out.
     """
 
     n_normal: int
@@ -64,6 +84,8 @@ class Evaluation:
     quality: Detection | None
     parts: dict[str, float]
     kinds: list[Kind]
+    known_kinds: tuple[str, ...]
+    unseen: Unseen | None
     pixels: Localisation | None
     images_per_second: float
     cases: Cases = field(repr=False, compare=False)
@@ -107,6 +129,8 @@ class Evaluation:
             "unreadable": self.unreadable,
             "parts": self.parts,
             "kinds": [asdict(kind) for kind in self.kinds],
+            "known_kinds": list(self.known_kinds),
+            "unseen": self.unseen and asdict(self.unseen) | {"detection_rate": self.unseen.detection_rate},
             "pixels": self.pixels and asdict(self.pixels),
             "images_per_second": self.images_per_second,
         }
@@ -163,6 +187,8 @@ def _summarise(
     claimed = policy.band is not None and n > 0
     interval = calibration.false_alarms_interval(n, policy.alpha, policy.mode) if claimed else None
     both = 0 < n < len(test)
+    known = engine.detector.known_kinds
+    unseen = abnormal & np.array([_is_known(str(label), known) is False for label in labels])
     return Evaluation(
         n_normal=n,
         n_abnormal=len(test) - n,
@@ -175,7 +201,9 @@ def _summarise(
         detected=int((flagged & abnormal).sum()),
         quality=detection(scores[~abnormal], scores[abnormal]) if both else None,
         parts={name: _auroc(np.array(column), abnormal) for name, column in parts.items()} if both else {},
-        kinds=_kinds(labels, abnormal, scores, flagged),
+        kinds=_kinds(labels, abnormal, scores, flagged, known),
+        known_kinds=known,
+        unseen=_unseen(unseen, abnormal, scores, flagged) if known and unseen.any() else None,
         pixels=pixels,
         images_per_second=len(test) / max(seconds, 1e-9),
         cases=Cases(pictures.select(test), abnormal, scores, p_values, flagged),
@@ -187,14 +215,38 @@ def _kinds(
     abnormal: npt.NDArray[np.bool_],
     scores: npt.NDArray[np.float64],
     flagged: npt.NDArray[np.bool_],
+    known: tuple[str, ...],
 ) -> list[Kind]:
     kinds = []
     for kind in np.unique(labels[abnormal]):
         own = abnormal & (labels == kind)
-        keep = own | ~abnormal
-        auroc = _auroc(scores[keep], abnormal[keep]) if (~abnormal).any() else None
-        kinds.append(Kind(str(kind), int(own.sum()), int((flagged & own).sum()), auroc))
+        auroc = _auroc_of(own, abnormal, scores)
+        kinds.append(Kind(str(kind), int(own.sum()), int((flagged & own).sum()), auroc, _is_known(str(kind), known)))
     return kinds
+
+
+def _unseen(
+    own: npt.NDArray[np.bool_],
+    abnormal: npt.NDArray[np.bool_],
+    scores: npt.NDArray[np.float64],
+    flagged: npt.NDArray[np.bool_],
+) -> Unseen:
+    return Unseen(int(own.sum()), int((flagged & own).sum()), _auroc_of(own, abnormal, scores))
+
+
+def _is_known(kind: str, known: tuple[str, ...]) -> bool | None:
+    """Whether anomalies of this kind took part in training; None where it may be that of some without a kind."""
+    if kind.casefold() in {name.casefold() for name in known}:
+        return True
+    return None if KNOWN_ANOMALIES in known else False
+
+
+def _auroc_of(
+    own: npt.NDArray[np.bool_], abnormal: npt.NDArray[np.bool_], scores: npt.NDArray[np.float64]
+) -> float | None:
+    """AUROC of some abnormal pictures against all normals."""
+    keep = own | ~abnormal
+    return _auroc(scores[keep], abnormal[keep]) if (~abnormal).any() else None
 
 
 def _judge(engine: Engine, pictures: Pictures, test: Indices, maps: list[tuple[Heat, Mask]]) -> Iterator[Judgement]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from anomaly_vae.checkpoints import Checkpoint
 from anomaly_vae.errors import TrainingError
+from anomaly_vae.known import Known
 from anomaly_vae.objectives import Loss, Objective
 from anomaly_vae.recipe import TrainingSpec
 from anomaly_vae.seeds import generator_of, seed_of
@@ -80,7 +81,7 @@ class Fitting:
     """One model on its way: what stays the same from epoch to epoch. `share`: of the budget of steps that it gets.
 
     `labels`: for a conditional model the class of each picture of the source, int64. `tiling`: where the model sees one
-    tile of a picture at a time.
+    tile of a picture at a time. `known`: anomalies that it is shown beside them.
     """
 
     def __init__(
@@ -95,12 +96,14 @@ class Fitting:
         share: float = 1.0,
         labels: Indices | None = None,
         tiling: Tiling | None = None,
+        known: Known | None = None,
     ) -> None:
         if len(train) < 2:
             raise TrainingError(f"{len(train)} picture(s) to train on are too few; add normal pictures")
         self.fabric, self.objective, self.model, self.spec = fabric, objective, objective.model, spec
         self.pictures, self.train, self.held, self.seed, self.tiling = pictures, train, held, seed, tiling
         self.labels = None if labels is None else torch.from_numpy(labels)
+        self.known = known
         self.batch = min(spec.batch_size, len(train))
         self.batch -= self.batch % fabric.world_size
         if not self.batch:
@@ -201,12 +204,21 @@ class Fitting:
         progress, extra = step / self.steps, 0
         self._prepare(progress)
         mine = slice(self.fabric.global_rank, None, self.fabric.world_size)
-        x, label = self.model.pictures(images[mine]), self._label(indices[mine])
+        x, label, known = self.model.pictures(images[mine]), self._label(indices[mine]), self._anomalies(step)
         if progress < self.objective.spec.encoder_share:
             extra = self.objective.spec.encoder_steps
         for i in range(extra):
             self._move(step, f" {i}", x, label, progress, [self.model.encoder])
-        return self._move(step, "", x, label, progress, self.objective.learners(progress))
+        return self._move(step, "", x, label, progress, self.objective.learners(progress), known)
+
+    def _anomalies(self, step: int) -> Tensor | None:
+        """Known anomalies for this step, drawn for all processes and cut by rank."""
+        exposure = self.objective.spec.exposure
+        if self.known is None or exposure is None:
+            return None
+        world = self.fabric.world_size
+        images = self.known.drawn(exposure.count(self.batch, world), generator_of(self.seed, "known", step))
+        return self.model.pictures(images[self.fabric.global_rank :: world])
 
     def _prepare(self, progress: float) -> None:
         """A backbone that has learnt all it will is made ready once, by training pictures."""
@@ -223,6 +235,7 @@ class Fitting:
         label: Tensor | None,
         progress: float,
         learners: Sequence[nn.Module] | None,
+        known: Tensor | None = None,
     ) -> Loss:
         """One step of the optimiser, for the `learners` alone where they are given."""
         count = len(x) * self.fabric.world_size
@@ -232,7 +245,7 @@ class Fitting:
         chance = seed_of(self.seed, f"chance{name} {self.fabric.global_rank}", step)
         self.optimizer.zero_grad()
         with self._seeded(f"dropout{name}", step):
-            loss: Loss = self.wrapped(x, noise, progress, chance, label)
+            loss: Loss = self.wrapped(x, noise, progress, chance, label, known)
         self.fabric.backward(loss.total)
         if learners is not None:
             self._keep_still(learners)

@@ -94,11 +94,15 @@ class Item:
 
 @dataclass(frozen=True)
 class Listing:
-    """Items in a fixed order, remarks for people, and the uint8 pixels (N,H,W) or (N,H,W,3) of an array data set."""
+    """Items in a fixed order, remarks for people, and the uint8 pixels (N,H,W) or (N,H,W,3) of an array data set.
+
+    `known`: known anomalies, which training alone may see; they are none of the items.
+    """
 
     items: tuple[Item, ...]
     notes: tuple[str, ...] = ()
     pixels: npt.NDArray[np.uint8] | None = None
+    known: tuple[Item, ...] = ()
 
 
 def list_folder(root: Path, data: DataSpec) -> Listing:
@@ -113,7 +117,13 @@ def list_folder(root: Path, data: DataSpec) -> Listing:
         listing = (_mvtec if layout == "mvtec" else _kinds)(root, data, ignored)
     if not listing.items:
         raise _nothing(root)
-    return replace(listing, notes=(*listing.notes, *_known_anomalies(root), *_left_out(ignored)))
+    known = tuple(_known_anomalies(root, ignored))
+    return replace(listing, notes=(*listing.notes, *_left_out(ignored), *set_aside(known)), known=known)
+
+
+def set_aside(known: Sequence[Item]) -> list[str]:
+    """What there is to tell people of known anomalies."""
+    return [f"{KNOWN_ANOMALIES}: {counted(len(known), 'picture')}, for training alone"] if known else []
 
 
 def shown(path: Path | str) -> str:
@@ -208,9 +218,15 @@ def _which_is_normal(folder: Path, data: DataSpec) -> DataError:
     )
 
 
-def _known_anomalies(root: Path) -> list[str]:
-    found = sum(1 for _ in _walk(root / KNOWN_ANOMALIES, Counter()))
-    return [f"ignored {counted(found, 'picture')} of {KNOWN_ANOMALIES}/"] if found else []
+def _known_anomalies(root: Path, ignored: Counter[str]) -> list[Item]:
+    """Pictures of `known_anomalies/<kind>/`, and those directly in it, whose kind nobody knows."""
+    items = []
+    for folder in _subfolders(root):
+        if folder.name.casefold() == KNOWN_ANOMALIES:
+            for path in _pictures(folder, ignored, skip=True):
+                inner = path.relative_to(folder).parts[:-1]
+                items.append(_item(root, path, shown(inner[0]) if inner else KNOWN_ANOMALIES, False))
+    return [replace(item, mask=None) for item in _without_inline_masks(items)]
 
 
 def _with_masks(root: Path, items: Sequence[Item], notes: Iterable[str], ignored: Counter[str]) -> Listing:

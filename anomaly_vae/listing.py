@@ -41,7 +41,8 @@ def _one_part(listing: Listing, data: DataSpec) -> Listing:
     if not kept:
         raise DataError(f"no picture belongs to the official part {data.part!r}; leave data.part=all")
     items = tuple(replace(listing.items[i], split=None) for i in kept)
-    return Listing(items, listing.notes, None if listing.pixels is None else listing.pixels[kept])
+    known = listing.known if data.part == "train" else ()
+    return Listing(items, listing.notes, None if listing.pixels is None else listing.pixels[kept], known)
 
 
 def _grouped(listing: Listing, data: DataSpec) -> Listing:
@@ -54,7 +55,8 @@ def _grouped(listing: Listing, data: DataSpec) -> Listing:
     if alone == len(items):
         raise DataError(f"data.group={data.group!r} matches no picture, not even {items[0].key}; mend the expression")
     note = f"data.group does not match {counted(alone, 'picture')}; each stands alone"
-    return replace(listing, items=items, notes=(*listing.notes, note) if alone else listing.notes)
+    known = tuple(_with_group(item, pattern) for item in listing.known)
+    return replace(listing, items=items, notes=(*listing.notes, note) if alone else listing.notes, known=known)
 
 
 def _with_group(item: Item, pattern: re.Pattern[str]) -> Item:

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from anomaly_vae.errors import DataError
-from anomaly_vae.layouts import DataSpec, Item, Listing, shown
+from anomaly_vae.layouts import KNOWN_ANOMALIES, DataSpec, Item, Listing, set_aside, shown
 
 _COLUMNS = ("path", "label", "mask", "group", "split")
-_SPLITS = {"": None, "train": "train", "val": "train", "validation": "train", "test": "test"}
+_KNOWN = "known"
+_SPLITS = {"": None, _KNOWN: None, "train": "train", "val": "train", "validation": "train", "test": "test"}
 
 
 def find_manifest(root: Path, data: DataSpec) -> Path | None:
@@ -33,19 +34,22 @@ def find_manifest(root: Path, data: DataSpec) -> Path | None:
 def list_manifest(path: Path, data: DataSpec) -> Listing:
     """Items of a CSV file with the column `path` and, if wanted, `label`, `mask`, `group`, `split`.
 
-    Paths are relative to the file's folder. Raises `DataError` with the number of the wrong line.
+    Paths are relative to the file's folder; the split `known` is that of known anomalies. Raises `DataError` with the
+    number of the wrong line.
     """
     columns, rows = _rows(path)
     lines: dict[str, int] = {}
-    items = []
+    items: list[Item] = []
+    known: list[Item] = []
     for line, row in rows:
         item = _item(path, line, row, data, "label" in columns)
         if (first := lines.setdefault(item.key, line)) != line:
             raise DataError(f"{shown(path)} line {line}: {item.key} is listed on line {first} already; remove one")
-        items.append(item)
+        (known if _is_known(row) else items).append(item)
     _check_labels(path, items, data)
     spare = ", ".join(name for name in columns if name not in _COLUMNS)
-    return Listing(tuple(items), (f"columns of the manifest that are not used: {shown(spare)}",) if spare else ())
+    notes = [f"columns of the manifest that are not used: {shown(spare)}"] if spare else []
+    return Listing(tuple(items), (*notes, *set_aside(known)), known=tuple(known))
 
 
 def _check_labels(path: Path, items: Sequence[Item], data: DataSpec) -> None:
@@ -87,13 +91,16 @@ def _item(path: Path, line: int, row: Mapping[str, str], data: DataSpec, labelle
     for file in files.values():
         if not _is_file(file):
             raise DataError(f"{where}: no such file {shown(file)}; paths are relative to the manifest's folder")
-    label = row.get("label", "") if labelled else "good"
+    unlabelled = KNOWN_ANOMALIES if _is_known(row) else "good"
+    label = row.get("label", "") if labelled else unlabelled
     if not label:
         raise DataError(f"{where}: the label is empty; write {data.normal[0]} or the kind of anomaly")
     split = row.get("split", "").casefold()
     if split not in _SPLITS:
-        raise DataError(f"{where}: the split is {split!r}; write train, test or nothing")
-    normal = data.is_normal(label) if labelled else True
+        raise DataError(f"{where}: the split is {split!r}; write train, test, {_KNOWN} or nothing")
+    normal = data.is_normal(label) if labelled else not _is_known(row)
+    if normal and _is_known(row):
+        raise DataError(f"{where}: a known anomaly of the normal label {label!r}; write its kind, or another split")
     return Item(
         files["path"],
         shown(row["path"]),
@@ -103,6 +110,10 @@ def _item(path: Path, line: int, row: Mapping[str, str], data: DataSpec, labelle
         row.get("group") or None,
         _SPLITS[split],
     )
+
+
+def _is_known(row: Mapping[str, str]) -> bool:
+    return row.get("split", "").casefold() == _KNOWN
 
 
 def _is_file(path: Path) -> bool:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from anomaly_vae.adversaries import critic_loss, frozen, generator_loss
 from anomaly_vae.augmentation import AugmentationSpec
 from anomaly_vae.corruptions import CorruptionSpec, corrupt
+from anomaly_vae.exposure import ExposureSpec
 from anomaly_vae.latent_laws import Step
 from anomaly_vae.marking import focal_loss
 from anomaly_vae.model import AutoEncoder, Context, ModelSpec, beside
@@ -82,6 +83,7 @@ class CourseSpec(Spec):
 class ObjectiveSpec(Spec):
     """All terms. `augmentation` makes other views of a picture, `corruption` damages what the encoder sees of it.
 
+    `exposure`: how known anomalies take part, where there are any; null: not at all.
     `encoder_steps`: more steps of the encoder alone for each step of all, over the first
     `encoder_share` of training (He et al. 2019, against posterior collapse).
     """
@@ -91,6 +93,7 @@ class ObjectiveSpec(Spec):
     adversary: AdversarySpec | None = None
     augmentation: AugmentationSpec | None = None
     corruption: tuple[CorruptionSpec, ...] = ()
+    exposure: ExposureSpec | None = Field(default_factory=ExposureSpec)
     course: CourseSpec = Field(default_factory=CourseSpec)
     encoder_steps: int = Field(0, ge=0, le=100)
     encoder_share: float = Field(0.3, ge=0, le=1)
@@ -190,11 +193,20 @@ class Objective(nn.Module):
         self.spec, self.model = spec, model
         self.perceptual = spec.perceptual.build(model.shape[0]) if spec.perceptual else None
 
-    def forward(self, x: Tensor, noise: Tensor, progress: float, seed: int, label: Tensor | None = None) -> Loss:
+    def forward(
+        self,
+        x: Tensor,
+        noise: Tensor,
+        progress: float,
+        seed: int,
+        label: Tensor | None = None,
+        known: Tensor | None = None,
+    ) -> Loss:
         """Loss of a batch of pictures x (B, C, H, W) in [0, 1] when the share `progress` of training is done.
 
-        `noise` (B, D) is standard normal and decides the draw of z, `seed` all other chance. In eval mode only what
-        can be held against other pictures is summed: no corruption, no critics, the course's last part.
+        `noise` (B, D) is standard normal and decides the draw of z, `seed` all other chance; `known` (K, C, H, W) are
+        known anomalies. In eval mode only what can be held against other pictures is summed: no corruption, no critics,
+        no known anomalies, the course's last part.
         """
         course, backbone = self.spec.course, self.model.backbone
         if self.training and self.spec.augmentation is not None:
@@ -209,7 +221,7 @@ class Objective(nn.Module):
             generator = torch.Generator(x.device).manual_seed(seed)
             x = self.model.perceive(x)
             return self._greedy(x, noise, progress) if course.kind == "greedy" else self._generate(x, generator, label)
-        return self._reconstruct(x, noise, progress, seed, label)
+        return self._reconstruct(x, noise, progress, seed, label, known)
 
     def learners(self, progress: float) -> Sequence[nn.Module] | None:
         """The modules that learn at this point; None: all of them."""
@@ -237,7 +249,9 @@ class Objective(nn.Module):
         count = len(self.model.encoder.stages)
         return min(int(progress / self.spec.course.share * count), count - 1)
 
-    def _reconstruct(self, pictures: Tensor, noise: Tensor, progress: float, seed: int, label: Tensor | None) -> Loss:
+    def _reconstruct(
+        self, pictures: Tensor, noise: Tensor, progress: float, seed: int, label: Tensor | None, known: Tensor | None
+    ) -> Loss:
         model, law, x = self.model, self.model.law, self.model.perceive(pictures)
         generator_fixed = self.spec.course.kind == "generator_first"
         if generator_fixed:
@@ -266,14 +280,31 @@ class Objective(nn.Module):
             total = total + model.spec.latent.weight_at(progress) * cost
         total = total / x[0].numel()
         if self.training:
-            # Neither shares a weight with the rest, and the optimiser's steps do not depend on a loss's scale.
-            if model.marker is not None and mask is not None:
-                total = total + focal_loss(model.mark(seen, output), mask[:, 0].float())
-            if model.views is not None:
-                total = total + model.views.loss(x, torch.Generator(x.device).manual_seed(seed + 3))
+            for term in self._learning_beside(x, seen, mask, output, seed):
+                total = total + term
             for term in self._critics(x, step, context, output, progress, seed, label):
                 total = total + term
+            # After all else: what normalises the normals' batches must not change any more.
+            if known is not None and self.spec.exposure is not None:
+                total = total + self._exposed(known, x, seed)
         return Loss(total, nll.detach(), cost.detach())
+
+    def _learning_beside(
+        self, x: Tensor, seen: Tensor, mask: Tensor | None, output: Tensor, seed: int
+    ) -> Iterator[Tensor]:
+        """Neither shares a weight with the rest, and the optimiser's steps do not depend on a loss's scale."""
+        model = self.model
+        if model.marker is not None and mask is not None:
+            yield focal_loss(model.mark(seen, output), mask[:, 0].float())
+        if model.views is not None:
+            yield model.views.loss(x, torch.Generator(x.device).manual_seed(seed + 3))
+
+    def _exposed(self, known: Tensor, x: Tensor, seed: int) -> Tensor:
+        """The cost of known anomalies, augmented as the normals are but never damaged."""
+        assert self.spec.exposure is not None
+        if self.spec.augmentation is not None:
+            known = self.spec.augmentation(known, torch.Generator(x.device).manual_seed(seed + 4))
+        return self.spec.exposure.loss(self.model, self.model.perceive(known), x)
 
     def _terms(self, x: Tensor, mean: Tensor, label: Tensor | None) -> Iterator[Tensor]:
         """Reconstruction terms beside the pixels' own."""

@@ -21,7 +21,7 @@ from anomaly_vae.bundle import write_durably
 from anomaly_vae.detector import Detector
 from anomaly_vae.engine import Engine
 from anomaly_vae.errors import DataError
-from anomaly_vae.evaluation import Cases, Evaluation
+from anomaly_vae.evaluation import Cases, Evaluation, Kind
 from anomaly_vae.images import encode_png
 from anomaly_vae.rendering import heatmap
 from anomaly_vae.spec import dump_yaml
@@ -245,9 +245,18 @@ def _confusion(evaluation: Evaluation) -> Iterator[list[str]]:
 def _kinds(evaluation: Evaluation) -> list[list[str]]:
     kinds = sorted(evaluation.kinds, key=lambda kind: kind.flagged / kind.n)
     return [
-        [k.kind, f"{k.n:,}", f"{k.flagged:,}", f"{k.flagged / k.n:.0%}", "-" if k.auroc is None else f"{k.auroc:.4f}"]
-        for k in kinds
+        [_marked(kind), f"{kind.n:,}", f"{kind.flagged:,}", f"{kind.flagged / kind.n:.0%}", _number(kind.auroc)]
+        for kind in kinds
     ]
+
+
+def _number(auroc: float | None) -> str:
+    return "-" if auroc is None else f"{auroc:.4f}"
+
+
+def _marked(kind: Kind) -> str:
+    """A kind's name, and whether it was shown in training."""
+    return f"{kind.kind} (known in training)" if kind.known else kind.kind
 
 
 def _made_from(metrics: dict[str, Any]) -> list[list[str]]:

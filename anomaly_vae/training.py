@@ -20,11 +20,12 @@ from anomaly_vae.bundle import check_place, write_durably
 from anomaly_vae.calibration import Calibration
 from anomaly_vae.data import Pictures, open_pictures, suggest_image_spec, survey
 from anomaly_vae.detector import Detector, policy_of
-from anomaly_vae.dividing import Indices, Part, blank_calibration, copies, divide, group_count, made_from
+from anomaly_vae.dividing import Indices, Part, blank_calibration, described, divide, group_count, made_from
 from anomaly_vae.errors import BundleError, ConfigError, TrainingError
 from anomaly_vae.fabric import make_fabric
 from anomaly_vae.fitting import Fitted, Fitting, Progress
 from anomaly_vae.images import ImageSpec
+from anomaly_vae.known import Known, open_known
 from anomaly_vae.member import Batch, Batches, Member, member_scores
 from anomaly_vae.model import AutoEncoder
 from anomaly_vae.objectives import Objective
@@ -89,14 +90,15 @@ def train(
     check_place(out, overwrite)
     spec, pictures = load_pictures(spec, root, say)
     parts, crossed = divide(spec, pictures)
-    say(_describe(parts, crossed, pictures))
+    say(described(parts, crossed, pictures))
+    known = open_known(spec, root, pictures, made_from(parts), say)
     # An alpha that these pictures cannot support is refused now, not after an hour of training.
     groups = group_count(pictures, parts)
     policy_of(blank_calibration(parts, groups), spec.calibration.alpha, spec.calibration.mode)
     courses = any(expert.objective.has_parts(expert.model) for expert in spec.experts.values())
     fabric = make_fabric(device, spec.training.precision, tensorboard, courses)
     work = out.absolute().with_name(f".{out.name}.training")
-    _open_work(work, _identity(spec, pictures, parts, fabric), restart, fabric, say)
+    _open_work(work, _identity(spec, pictures, parts, fabric, known), restart, fabric, say)
     members, fitted = [], []
     places = [place for i in range(len(parts)) for place in _places(spec, i)]
 
@@ -104,13 +106,14 @@ def train(
         report(places.index(place), len(places), progress)
 
     for i, part in enumerate(parts):
-        member, of_member = _make_member(spec, pictures, part, fabric, i, len(parts), work, tell)
+        member, of_member = _make_member(spec, pictures, part, known, fabric, i, len(parts), work, tell)
         members.append(member)
         fitted += of_member
     if not fabric.is_global_zero:
         return None
-    detector = _calibrated(spec, pictures, parts, members, groups)
+    detector = _calibrated(spec, pictures, parts, members, groups, known)
     metrics = _metrics(spec, parts, places, fitted, started) | {"latent_cost": members[0].model.law.cost_name}
+    metrics |= {"known_anomalies": known.counts} if known else {}
     notes = [*pictures.notes, *_collapse_notes(spec, len(parts), fitted)]
     saved = detector.save(out, _probes(spec, pictures, parts), metrics, replace=overwrite)
     _close_work(work)
@@ -175,13 +178,21 @@ def _reading(say: Say) -> Callable[[int, int], None]:
 
 
 def _make_member(
-    spec: DetectorSpec, pictures: Pictures, part: Part, fabric: Fabric, i: int, count: int, work: Path, tell: Tell
+    spec: DetectorSpec,
+    pictures: Pictures,
+    part: Part,
+    known: Known | None,
+    fabric: Fabric,
+    i: int,
+    count: int,
+    work: Path,
+    tell: Tell,
 ) -> tuple[Member, list[Fitted]]:
     """Train all models of one member; `count` members share the budget of each kind."""
     models: dict[str, list[AutoEncoder]] = {}
     fitted = []
     for place in _places(spec, i):
-        model, one = _make_model(spec, place, pictures, part, fabric, 1 / count, work, tell)
+        model, one = _make_model(spec, place, pictures, part, known, fabric, 1 / count, work, tell)
         models.setdefault(place.kind, []).append(model)
         fitted.append(one)
     return Member.fit(spec, models, _batches(spec, pictures, part.fit)), fitted
@@ -216,6 +227,7 @@ def _make_model(
     place: _Place,
     pictures: Pictures,
     part: Part,
+    known: Known | None,
     fabric: Fabric,
     share: float,
     work: Path,
@@ -224,7 +236,9 @@ def _make_model(
     expert = spec.experts[place.kind]
     objective = Objective(expert.objective, expert.model.build(spec.shape, place.seed_of(spec.seed, "weights")))
     seed, labels, tiling = place.seed_of(spec.seed, "member"), _labels(spec, pictures), spec.tiling
-    fitting = Fitting(fabric, objective, expert.training, pictures, part.train, part.fit, seed, share, labels, tiling)
+    fitting = Fitting(
+        fabric, objective, expert.training, pictures, part.train, part.fit, seed, share, labels, tiling, known
+    )
 
     def report(progress: Progress) -> None:
         losses = {"loss": progress.loss, "reconstruction": progress.reconstruction, "latent": progress.latent}
@@ -251,14 +265,21 @@ def _given(spec: DetectorSpec, pictures: Pictures) -> Indices | None:
 
 
 def _calibrated(
-    spec: DetectorSpec, pictures: Pictures, parts: list[Part], members: list[Member], groups: int | None
+    spec: DetectorSpec,
+    pictures: Pictures,
+    parts: list[Part],
+    members: list[Member],
+    groups: int | None,
+    known: Known | None,
 ) -> Detector:
     scores = [
         member_scores(spec, member, _batches(spec, pictures, part.calibrate)())
         for member, part in zip(members, parts, strict=True)
     ]
-    used = made_from(parts)
-    return Detector(spec, members, Calibration.of(scores, groups), seen=np.unique(pictures.fingerprints[used]))
+    seen = np.unique(pictures.fingerprints[made_from(parts)])
+    seen = np.union1d(seen, known.seen) if known else seen
+    kinds = tuple(known.counts) if known else ()
+    return Detector(spec, members, Calibration.of(scores, groups), seen=seen, known_kinds=kinds)
 
 
 def _batches(spec: DetectorSpec, pictures: Pictures, indices: Indices) -> Batches:
@@ -293,15 +314,18 @@ def _open_work(work: Path, run: dict[str, Any], restart: bool, fabric: Fabric, s
     fabric.barrier()
 
 
-def _identity(spec: DetectorSpec, pictures: Pictures, parts: list[Part], fabric: Fabric) -> dict[str, Any]:
+def _identity(
+    spec: DetectorSpec, pictures: Pictures, parts: list[Part], fabric: Fabric, known: Known | None
+) -> dict[str, Any]:
     """All that the weights depend on: another order, label or group of the pictures divides them otherwise."""
 
-    def of(indices: Indices) -> str:
-        return hashlib.sha256(pictures.fingerprints[indices].tobytes()).hexdigest()[:16]
+    def of(indices: Indices, among: Pictures = pictures) -> str:
+        return hashlib.sha256(among.fingerprints[indices].tobytes()).hexdigest()[:16]
 
     return {
         "spec": spec.model_dump(mode="json"),
         "parts": [[of(part.train), of(part.fit), of(part.calibrate)] for part in parts],
+        "known": None if known is None else of(np.arange(len(known.pictures)), known.pictures),
         "processes": fabric.world_size,
         "device": fabric.device.type,
         "torch": str(torch.__version__),
@@ -365,16 +389,3 @@ def _collapse_notes(spec: DetectorSpec, members: int, fitted: list[Fitted]) -> l
     if spec.model.latent.kind == "point":
         remedy = f"-o training.learning_rate={spec.training.learning_rate / 4:g}"
     return [f"collapse in {', '.join(collapsed)}: no latent carries information; try {remedy}"]
-
-
-def _describe(parts: list[Part], crossed: bool, pictures: Pictures) -> str:
-    usable = len(made_from(parts))
-    held = sum(item.normal for item in pictures.items) - usable
-    if crossed:
-        how = f"{len(parts)}-fold cross-calibration, {len(parts)} models, since they are few"
-        again = copies(parts)
-        how += f"; {again} copies do not calibrate" if again else ""
-    else:
-        part = parts[0]
-        how = f"{len(part.train)} train, {len(part.fit)} fit, {len(part.calibrate)} calibrate"
-    return f"normals: {usable} used ({how}), {held} left for testing"

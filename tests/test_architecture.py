@@ -17,7 +17,7 @@ LIBRARY = [
     {"networks", "corruptions", "augmentation", "likelihoods", "latents", "marking", "viewing", "pretrained"},
     {"backbones", "image_headers", "calibration", "fusion", "metrics", "bundle"},
     {"images", "model", "checkpoints"},
-    {"perceptual", "differentiable", "tiling", "masking"},
+    {"perceptual", "exposure", "differentiable", "tiling", "masking"},
     {"objectives", "observations", "regions"},
     {"score_base", "whitening"},
     {
@@ -39,7 +39,7 @@ LIBRARY = [
     {"data"},
     {"expert_spec"},
     {"recipe", "expert"},
-    {"member", "presets", "dividing", "labelling"},
+    {"member", "presets", "dividing", "labelling", "known"},
     {"detector"},
     {"engine"},
     {"fabric", "fitting"},

@@ -161,7 +161,8 @@ def test_known_anomalies_take_no_part(tmp_path: Path, make: object) -> None:
     picture(tmp_path / "known_anomalies" / "x.png")
     listing = listed(tmp_path)
     assert listing.items == before
-    assert listing.notes == ("ignored 1 picture of known_anomalies/",)
+    assert [item.key for item in listing.known] == ["known_anomalies/x.png"]
+    assert listing.notes == ("known_anomalies: 1 picture, for training alone",)
 
 
 def test_links_are_followed_but_never_in_circles(tmp_path: Path) -> None:
