@@ -41,6 +41,17 @@ class RaritySpec(Spec):
     smoothing: float = Field(0.01, gt=0)
 
 
+class TrimSpec(Spec):
+    """Leave out of training what looks least normal (iterative trimmed loss minimisation, Shen and Sanghavi 2019).
+
+    For folders that are not as normal as they are said to be: once the share `after` of training is done, each epoch
+    leaves out the `share` of the pictures with the largest error relative to their energy, as things then stand.
+    """
+
+    share: float = Field(0.1, gt=0, le=0.5)
+    after: float = Field(0.2, ge=0, lt=1)
+
+
 class TrainingSpec(Spec):
     """How the weights are found.
 
@@ -62,6 +73,7 @@ class TrainingSpec(Spec):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     clip_norm: float | None = Field(10.0, gt=0)
     rarity: RaritySpec | None = None
+    trim: TrimSpec | None = None
     select: Literal["best", "last"] = "best"
     patience: float | None = Field(0.25, gt=0, le=1)
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"

@@ -20,10 +20,13 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from anomaly_vae.checkpoints import Checkpoint
+from anomaly_vae.error_scores import RelativeError
 from anomaly_vae.errors import TrainingError
 from anomaly_vae.known import Known
 from anomaly_vae.objectives import Loss, Objective
+from anomaly_vae.observations import observe
 from anomaly_vae.recipe import TrainingSpec
+from anomaly_vae.score_base import of_classes
 from anomaly_vae.seeds import generator_of, seed_of
 from anomaly_vae.tiling import Tiling
 
@@ -186,13 +189,25 @@ class Fitting:
         return total * math.prod(self.model.shape), reconstruction, latent
 
     def _order(self, epoch: int) -> Indices:
-        """Positions in `train`: each once by chance, or drawn so that rare pictures come more often."""
-        generator = generator_of(self.seed, "order", epoch)
-        if self.spec.rarity is None:
-            return torch.randperm(len(self.train), generator=generator).numpy()
+        """Positions in `train`: each once by chance, or drawn so that rare pictures come more often.
+
+        Pictures that are left out make room for others to come twice.
+        """
+        generator, count, rarity = generator_of(self.seed, "order", epoch), len(self.train), self.spec.rarity
+        trim = self.spec.trim if self.spec.trim is not None and epoch >= self.spec.trim.after * self.epochs else None
+        if rarity is None and trim is None:
+            return torch.randperm(count, generator=generator).numpy()
         self.wrapped.eval()
-        weights = rarity_weights(self._codes(self.train)[0], self.spec.rarity.bins, self.spec.rarity.smoothing)
-        order = torch.multinomial(weights, len(self.train), replacement=True, generator=generator)
+        weights = torch.ones(count, dtype=torch.float64)
+        if rarity is not None:
+            weights = rarity_weights(self._codes(self.train)[0], rarity.bins, rarity.smoothing)
+        if trim is not None:
+            weights[self._errors(self.train).argsort(descending=True)[: round(trim.share * count)]] = 0
+        if rarity is not None:
+            order = torch.multinomial(weights, count, replacement=True, generator=generator)
+        else:
+            kept = weights.nonzero()[:, 0]
+            order = torch.cat([kept[torch.randperm(len(kept), generator=generator)] for _ in range(2)])[:count]
         # Buffers differ a little between processes, and all must take the same pictures.
         shared: Tensor = self.fabric.broadcast(order)
         return shared.cpu().numpy()
@@ -322,6 +337,15 @@ class Fitting:
                 mu.append(posterior.mu.cpu())
                 kl += [self.model.law.kl(posterior, posterior.mu).cpu()] if self.model.law.has_kl else []
         return torch.cat(mu), torch.cat(kl) if kl else None
+
+    def _errors(self, chosen: Indices) -> Tensor:
+        """Squared error of each picture rebuilt from its mean code, relative to its energy, (n,), on the CPU."""
+        errors = []
+        with torch.inference_mode():
+            for indices, images in self._batches_of(chosen):
+                seen = observe(self.model, self.model.view(images), self._label(indices))
+                errors.append(of_classes(seen, lambda one: RelativeError()(one, {})).cpu())
+        return torch.cat(errors)
 
     def _batches_of(self, chosen: Indices) -> Iterator[tuple[Indices, Tensor]]:
         generator = generator_of(self.seed, "held-out tiles", 0)

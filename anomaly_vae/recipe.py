@@ -154,4 +154,6 @@ class DetectorSpec(ExpertSpec):
             raise ValueError("a class is of a whole picture, not of its tiles; leave out tiles or model.condition")
         if any(expert.training.rarity is not None for expert in self.experts.values()):
             raise ValueError("rare pictures are found by whole pictures' codes; leave out tiles or training.rarity")
+        if any(expert.training.trim is not None for expert in self.experts.values()):
+            raise ValueError("it is whole pictures that training.trim leaves out; leave out tiles or training.trim")
         return self

@@ -269,6 +269,20 @@ def test_resampling_helps_the_rare(digits):
     assert errors[1] < 0.9 * errors[0]
 
 
+def test_trimming_rebuilds_what_does_not_belong_worse(digits):
+    """One training picture in ten of another kind: trimmed, they are left out, and it shows."""
+    images, labels = digits
+    common, odd = images[labels == 0], images[labels == 4][:30]
+    mixed = torch.cat([common[:40].repeat(10, 1, 1, 1)[:270], odd, common[40:]])
+    model = MLP | {"latent": {"kind": "gaussian", "size": 4}}
+    errors = []
+    for trim in (None, {"share": 0.1, "after": 0.1}):
+        fitted, _ = fit(mixed, model, steps=600, trim=trim)
+        errors.append((error(fitted, odd), error(fitted, common[:40])))
+    assert errors[1][0] > 1.1 * errors[0][0]
+    assert errors[1][1] < 1.05 * errors[0][1]
+
+
 def test_scores_that_nobody_chose_follow_the_model():
     kinds = DetectorSpec().with_overrides(["model.latent.kind=point"]).parts
     assert "negative_elbo" not in kinds

@@ -251,6 +251,7 @@ def test_scan_and_info_know_tiles(bundle, detector, folder, tmp_path):
     (["tiles.side=48"], "tiles.side 48 is larger than the picture of 150x40 px; make it smaller or image larger"),
     (["model.condition={classes: [a, b]}"], "leave out tiles or model.condition"),
     (["training.rarity={}"], "leave out tiles or training.rarity"),
+    (["training.trim={}"], "leave out tiles or training.trim"),
     (["image=null", "model.network.channels=[8, 8, 8, 8, 8, 8]"], "list fewer"),
     (["tiles=null", "image={height: 64, width: 640, channels: 1}"], "512 px a side at most; set tiles.side"),
     (["image={height: 4096, width: 4096, channels: 1}"], "choose a smaller image"),
