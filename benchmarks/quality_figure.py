@@ -1,6 +1,6 @@
 """A figure of what a detector makes of pictures: each model's reconstruction, the heat map and the verdict.
 
-    python benchmarks/quality_figure.py my.bundle pictures/good/a.png pictures/defect/b.png --out figure.png
+python benchmarks/quality_figure.py my.bundle pictures/good/a.png pictures/defect/b.png --out figure.png
 """
 
 import argparse

@@ -1,13 +1,16 @@
 """The quality benchmark: nothing is measured twice or hidden, no test picture is trained on, no rate is flattered."""
 
+import io
 import json
 import sys
 
 import numpy as np
 import pytest
 from conftest import ROOT, write_digits
+from PIL import Image
 from test_seeds_table import OFFICIAL_TEST, never, write_idx, write_pictures
 
+from anomaly_vae import Detector
 from anomaly_vae.errors import ConfigError, TrainingError
 from anomaly_vae.layouts import DataSpec
 
@@ -15,6 +18,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import baselines
 import quality
+import quality_figure
 import quality_methods
 import quality_tables
 from quality_rows import Book, Look, Row
@@ -301,3 +305,18 @@ def test_all_is_said_of_what_was_not_measured():
 def test_absent_is_not_an_error_of_the_user(tmp_path):
     with pytest.raises(AbsentError):
         Wanted(tmp_path, tmp_path).place("mnist")
+
+
+def test_a_figure_shows_picture_reconstruction_heat_and_verdict(
+    tiny_bundle, digits_folder, tmp_path, capsys, monkeypatch
+):
+    files = [next((digits_folder / kind).glob("*.png")) for kind in ("good", "8")]
+    out = tmp_path / "figure.png"
+    monkeypatch.setattr(sys, "argv", ["quality_figure.py", str(tiny_bundle), *map(str, files), "--out", str(out)])
+    assert quality_figure.main() == 0
+    assert "2 pictures drawn" in capsys.readouterr().out
+    alone = quality_figure.figure(Detector.load(tiny_bundle), files[:1])
+    two, one = Image.open(out), Image.open(io.BytesIO(alone))
+    assert two.height == one.height
+    assert two.height > 3 * 64
+    assert 64 <= two.width - one.width <= 160 + 8
