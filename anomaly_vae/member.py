@@ -88,7 +88,8 @@ class Member:
         columns = np.concatenate([one.columns for one in seen.values()], 1)
         heats = [one.heat for one in seen.values() if one.heat is not None]
         if spec.verdict == FUSED:
-            score = spec.fusion.fuse(np.concatenate([one.z for one in seen.values()], 1))
+            of_kind = [spec.experts[name].fusion.fuse(one.z) for name, one in seen.items()]
+            score = np.max(np.stack(of_kind, 1), 1)
         else:
             score = columns[:, spec.parts.index(spec.verdict)]
         return Opinion(columns, score, torch.stack(heats).mean(0) if heats else None)

@@ -54,10 +54,11 @@ class DetectorSpec(ExpertSpec):
     training moves it, as pixels, into `image`.
 
     The fields of `ExpertSpec` describe its first kind of model; `beside` has others by name, whose scores are called
-    NAME.KIND, and whose fused ones are fused with its own. `verdict` names the score that is
-    calibrated: one of `parts`, or `fused`. `heat_blur`: standard deviation of the heat maps' blur, as a share of the
-    shorter side. `offline` allows scores that are too slow for a service, which then refuses the bundle. `probes`: how
-    many training pictures the bundle keeps to check itself on another machine (0: none).
+    NAME.KIND; training leaves them out where what models see has fewer than `beside_from` pixels on its shorter side.
+    `verdict` names the score that is calibrated: one of `parts`, or `fused`, the largest that a kind of models fuses
+    of its own: a silent kind then costs little. `heat_blur`: standard deviation of the heat maps' blur, as a share of
+    the shorter side. `offline` allows scores that are too slow for a service, which then refuses the bundle. `probes`:
+    how many training pictures the bundle keeps to check itself on another machine (0: none).
     """
 
     preset: str = "custom"
@@ -65,6 +66,7 @@ class DetectorSpec(ExpertSpec):
     tiles: TilesSpec | None = None
     region: RegionSpec | None = None
     beside: dict[str, ExpertSpec] = Field(default_factory=dict)
+    beside_from: int = Field(0, ge=0)
     verdict: str = FUSED
     heat_blur: float = Field(0.015, ge=0, le=0.5)
     calibration: CalibrationSpec = Field(default_factory=CalibrationSpec)

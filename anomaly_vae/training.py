@@ -142,6 +142,9 @@ def _with_image(spec: DetectorSpec, root: Path | str, say: Say) -> tuple[Detecto
     spec = spec.with_overrides([f"image={image.model_dump_json()}", "region=null"])
     if spec.tiling is not None:
         say(f"tiles: {spec.tiling.count} of {spec.tiling.side} px a picture")
+    if spec.beside and min(spec.shape[1:]) < spec.beside_from:
+        say(f"left out {', '.join(spec.beside)}: for pictures from {spec.beside_from} px on (beside_from)")
+        spec = spec.with_overrides(["beside={}"])
     return spec, image
 
 
