@@ -84,7 +84,8 @@ class Fitting:
     """One model on its way: what stays the same from epoch to epoch. `share`: of the budget of steps that it gets.
 
     `labels`: for a conditional model the class of each picture of the source, int64. `tiling`: where the model sees one
-    tile of a picture at a time. `known`: anomalies that it is shown beside them.
+    tile of a picture at a time. `known`: anomalies that it is shown beside them. `settings`: what its settings' names
+    begin with.
     """
 
     def __init__(
@@ -100,13 +101,14 @@ class Fitting:
         labels: Indices | None = None,
         tiling: Tiling | None = None,
         known: Known | None = None,
+        settings: str = "",
     ) -> None:
         if len(train) < 2:
             raise TrainingError(f"{len(train)} picture(s) to train on are too few; add normal pictures")
         self.fabric, self.objective, self.model, self.spec = fabric, objective, objective.model, spec
         self.pictures, self.train, self.held, self.seed, self.tiling = pictures, train, held, seed, tiling
         self.labels = None if labels is None else torch.from_numpy(labels)
-        self.known = known
+        self.known, self.settings = known, settings
         self.batch = min(spec.batch_size, len(train))
         self.batch -= self.batch % fabric.world_size
         if not self.batch:
@@ -146,8 +148,7 @@ class Fitting:
             if self._hopeless(state):
                 break
         if not state.best_epoch:
-            remedy = f"-o training.learning_rate={self.spec.learning_rate / 4:g}"
-            raise TrainingError(f"the held-out loss never was a number; lower the learning rate: {remedy}")
+            raise TrainingError(f"the held-out loss never was a number; lower the learning rate: {self._slower()}")
         self.model.load_state_dict(state.best)
         self.model.eval()
         return Fitted(state.best_epoch, state.epoch, state.best_loss, self._active_units(), state.history)
@@ -182,11 +183,11 @@ class Fitting:
             sums += torch.stack(list(loss)).double().cpu()
         total, reconstruction, latent = (sums / max(len(pending), 1)).tolist()
         if not math.isfinite(total):
-            raise TrainingError(
-                f"the loss is no longer a number in epoch {epoch + 1}; lower it: -o training.learning_rate="
-                f"{self.spec.learning_rate / 4:g}"
-            )
+            raise TrainingError(f"the loss is no longer a number in epoch {epoch + 1}; lower it: {self._slower()}")
         return total * math.prod(self.model.shape), reconstruction, latent
+
+    def _slower(self) -> str:
+        return f"-o {self.settings}training.learning_rate={self.spec.learning_rate / 4:g}"
 
     def _order(self, epoch: int) -> Indices:
         """Positions in `train`: each once by chance, or drawn so that rare pictures come more often.

@@ -239,8 +239,9 @@ def _make_model(
     expert = spec.experts[place.kind]
     objective = Objective(expert.objective, expert.model.build(spec.shape, place.seed_of(spec.seed, "weights")))
     seed, labels, tiling = place.seed_of(spec.seed, "member"), _labels(spec, pictures), spec.tiling
+    settings = f"beside.{place.kind}." if place.kind else ""
     fitting = Fitting(
-        fabric, objective, expert.training, pictures, part.train, part.fit, seed, share, labels, tiling, known
+        fabric, objective, expert.training, pictures, part.train, part.fit, seed, share, labels, tiling, known, settings
     )
 
     def report(progress: Progress) -> None:

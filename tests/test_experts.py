@@ -9,7 +9,7 @@ from anomaly_vae import Detector, DetectorSpec
 from anomaly_vae.corruptions import MasksSpec, StrokesSpec, corrupt
 from anomaly_vae.data import open_pictures
 from anomaly_vae.engine import Engine
-from anomaly_vae.errors import ConfigError
+from anomaly_vae.errors import ConfigError, TrainingError
 from anomaly_vae.evaluation import evaluate
 from anomaly_vae.expert import Expert
 from anomaly_vae.expert_spec import ExpertSpec
@@ -97,6 +97,12 @@ def test_the_verdict_fuses_the_fused(detector, digits):
             z.append(own)
     loudest = np.maximum(*(spec.fusion.fuse(of_kind) for of_kind in z))
     np.testing.assert_allclose(detector.judge(digits[1][:8]).score, loudest, rtol=1e-6)
+
+
+def test_advice_names_the_setting_of_the_kind_of_model_that_went_wrong(digits_folder, tmp_path):
+    wild = [*SMALL, "training.steps=20", "beside.defect.training={learning_rate: 1e30, clip_norm: null, steps: 40}"]
+    with pytest.raises(TrainingError, match=r": -o beside\.defect\.training\.learning_rate=2\.5e\+29$"):
+        train(read_preset("default", wild), digits_folder, tmp_path / "b", device="cpu")
 
 
 def test_pictures_too_small_for_parts_get_no_defect_models(digits_folder, tmp_path):
