@@ -18,7 +18,7 @@ def test_a_difference_of_codes_makes_drawn_faces_smile(tmp_path):
     faces = write_faces(tmp_path / "faces", 40)
     small = ["model.network.channels=[16,32]", "model.latent.size=32", "objective.perceptual=null"]
     words = [word for setting in [*small, "objective.augmentation=null"] for word in ("-o", setting)]
-    options = ["--faces", str(faces), "--people", "30", "--side", "32", "--epochs", "120", "--as-they-are", *words]
+    options = ["--faces", str(faces), "--people", "30", "--side", "32", "--epochs", "70", "--as-they-are", *words]
     done = run(*options, "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out" / "latents.json").read_text())["faces"]
