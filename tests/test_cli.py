@@ -21,9 +21,7 @@ def test_train_says_what_it_does_and_the_bundle_serves_every_verb(digits_folder,
     bundle = tmp_path / "bundle"
     short = (
         "-o",
-        "training.epochs=20",
-        "-o",
-        "beside.defect.training.epochs=2",
+        "training.epochs=6",
         "-o",
         "model.network.width=8",
         "-o",
@@ -32,7 +30,8 @@ def test_train_says_what_it_does_and_the_bundle_serves_every_verb(digits_folder,
     done = run("train", "--data", digits_folder, "--out", bundle, *short)
     assert "preset 'default'" in done.stderr
     assert "normals: 576 used" in done.stderr
-    assert "epoch 20/20" in done.stderr
+    assert "epoch 6/6" in done.stderr
+    assert "left out defect" in done.stderr
     assert "alpha 0.01 (average) from 144 calibration images" in done.stdout
 
     figures = json.loads(run("evaluate", bundle, "--data", digits_folder, "--json").stdout)
@@ -42,7 +41,7 @@ def test_train_says_what_it_does_and_the_bundle_serves_every_verb(digits_folder,
 
     facts = json.loads(run("info", bundle, "--json").stdout)
     assert facts["version"] == figures["version"]
-    assert facts["spec"]["training"]["epochs"] == 20
+    assert facts["spec"]["training"]["epochs"] == 6
     assert facts["version"] in run("info", bundle).stdout
 
     assert "--overwrite" in run("train", "--data", digits_folder, "--out", bundle, *short, code=2).stderr
