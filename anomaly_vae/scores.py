@@ -20,7 +20,7 @@ from anomaly_vae.error_scores import (
 from anomaly_vae.gradient_scores import EnergyProjection, Gradient, LikelihoodRegret
 from anomaly_vae.inpainting_scores import Inpainting
 from anomaly_vae.latent_scores import GaussianMixture, LatentPath, Mahalanobis, NearestNeighbours
-from anomaly_vae.learned_scores import SyntheticDefect, UnfamiliarView
+from anomaly_vae.learned_scores import SyntheticDefect, UnfamiliarFeatures, UnfamiliarView
 from anomaly_vae.likelihood_scores import (
     ImportanceWeighted,
     KullbackLeibler,
@@ -68,6 +68,7 @@ __all__ = [
     "SyntheticDefect",
     "TopK",
     "Typicality",
+    "UnfamiliarFeatures",
     "UnfamiliarView",
     "measure",
     "measure_map",
@@ -104,6 +105,7 @@ ScoreSpec = Annotated[
     | Inpainting
     | LocalSurprise
     | SyntheticDefect
+    | UnfamiliarFeatures
     | UnfamiliarView,
     Field(discriminator="kind"),
 ]

@@ -37,6 +37,11 @@ class Views(nn.Module):
         blocks = [_block(widths[i], widths[i + 1], 1 if i == 0 else 2) for i in range(4)]
         self.network = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], COUNT))
 
+    def features(self, x: Tensor) -> Tensor:
+        """What the last layer is told of each view of images x (B, C, H, W), one after the other, (B, 8 F)."""
+        x = self._squared(x)
+        return torch.cat([self.network[:-1](view(x, k)) for k in range(COUNT)], 1)
+
     def forward(self, x: Tensor) -> Tensor:
         """`x` (B, C, side, side)."""
         logits: Tensor = self.network(x)

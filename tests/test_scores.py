@@ -41,9 +41,10 @@ KINDS = [
     "energy_projection",
     "inpainting",
     "synthetic_defect",
+    "unfamiliar_features",
     "unfamiliar_view",
 ]
-UNTRAINED = {"synthetic_defect", "unfamiliar_view"}
+UNTRAINED = {"synthetic_defect", "unfamiliar_features", "unfamiliar_view"}
 """They ask networks of their own, which have learned nothing in the model at hand."""
 CLAIMED = [kind for kind in KINDS if kind not in UNTRAINED]
 FEEL_NO_DEFECT = {"kl", "mahalanobis", "gaussian_mixture", "nearest_neighbours"}
@@ -274,7 +275,7 @@ def test_every_model_gives_a_score_or_says_what_it_lacks(other, normals):
         assert scores.shape == (6,)
         assert torch.isfinite(scores).all(), kind
         assert heat is None or (heat.shape == (6, 16, 16) and (heat >= 0).all()), kind
-    absent = {"generator_residual", "synthetic_defect", "unfamiliar_view"}
+    absent = {"generator_residual", "synthetic_defect", "unfamiliar_features", "unfamiliar_view"}
     lacking = {"linear": NEED_BOUND | {"kl"}, "skips": NEED_BOUND, "bernoulli": {"likelihood_ratio"}}
     assert refused == absent | lacking.get(other, set())
 
