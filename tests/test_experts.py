@@ -243,6 +243,18 @@ def test_views_find_pictures_that_lie_on_their_side(digits):
     assert detection(upright.numpy(), lying.numpy()).auroc > 0.9
 
 
+def test_features_of_views_come_view_by_view_and_are_rare_for_other_digits(detector, digits):
+    views = detector.members[0].model.views
+    x = torch.rand(3, 1, 16, 16)
+    with torch.inference_mode():
+        found = views.features(x).unflatten(1, (COUNT, -1))
+        torch.testing.assert_close(views.network[-1](found[:, 5]), views(view(x, 5)))
+        turned = views.features(view(x, 1)).unflatten(1, (COUNT, -1))
+    torch.testing.assert_close(turned[:, 0], found[:, 1])
+    normal, odd = (np.array(detector.judge(images[:100]).parts["unfamiliar_features"]) for images in digits)
+    assert detection(normal, odd).auroc > 0.8
+
+
 def test_a_shrunken_model_judges_large_pictures(digits_folder, tmp_path):
     spec = DetectorSpec.parse(
         {
