@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from anomaly_vae.errors import BadImage, DataError
-from anomaly_vae.images import ImageSpec, decode, encode_png
+from anomaly_vae.images import ImageSpec, decode, encode_png, masked
 from anomaly_vae.layouts import DataSpec as DataSpec
 from anomaly_vae.layouts import Item as Item
 from anomaly_vae.layouts import Listing, counted, shown
@@ -64,10 +64,19 @@ class _Source:
         with path.open("rb") as file:
             return file.read(self.image.max_bytes + 1)
 
+    def picture(self, row: int) -> Tensor:
+        """uint8 (C, H, W); raises `BadImage` or `OSError`."""
+        pixels, spec = self.listing.pixels, self.image
+        # An array's picture that needs no change: encoding and decoding it would take longer than all the rest.
+        if pixels is not None and pixels.shape[1:] == (spec.height, spec.width, *((3,) if spec.channels == 3 else ())):
+            channels = pixels[row].reshape(spec.height, spec.width, spec.channels).transpose(2, 0, 1)
+            return masked(torch.from_numpy(np.array(channels)), spec)
+        return decode(self.read(row), spec)
+
     def again(self, row: int) -> Tensor:
         """Decode a picture that could be read at opening."""
         try:
-            return decode(self.read(row), self.image)
+            return self.picture(row)
         except (BadImage, OSError) as error:
             key = self.listing.items[row].key
             raise DataError(f"{key} has changed since it was first read: {_reason(error)}; start again") from None
@@ -76,12 +85,13 @@ class _Source:
         """Read, hash and decode a picture for the first time, and look whether its mask can be read."""
         item = self.listing.items[row]
         try:
-            content = self.read(row)
-            picture = decode(content, self.image)
+            if self.listing.pixels is None:
+                content = self.read(row)
+                picture = decode(content, self.image)
+            else:
+                content, picture = self.listing.pixels[row].tobytes(), self.picture(row)
         except (BadImage, OSError) as error:
             return _Loaded(item, unreadable=_reason(error))
-        if self.listing.pixels is not None:
-            content = self.listing.pixels[row].tobytes()
         hashed = int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
         if self.decoded is not None:
             self.decoded[row] = picture

@@ -81,6 +81,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--side", type=int, default=64, help="pixels of a face's side")
     parser.add_argument("--epochs", type=int, default=320, help="epochs of the faces")
     parser.add_argument("--steps", type=int, default=4000, help="steps of the digits")
+    parser.add_argument("--held", type=int, default=2000, help="digits that are not trained on")
     parser.add_argument("--as-they-are", action="store_true", help="do not bring the faces to one height")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--override", action="append", default=[], help="KEY.SUB=VALUE for the faces' recipe")
@@ -320,8 +321,8 @@ def digits(options: argparse.Namespace, latents: int) -> dict[str, Any]:
     assert spec.image is not None
     pictures = open_pictures(f"mnist:{options.mnist}", spec.data, spec.image)
     order = np.random.default_rng(options.seed).permutation(len(pictures))
-    train, held = order[:-2000], order[-2000:]
-    model, told = learn(spec, pictures, train, held[:1000], options.seed)
+    train, held = order[: -options.held], order[-options.held :]
+    model, told = learn(spec, pictures, train, held[: options.held // 2], options.seed)
     images = pictures.images(held)
     codes = latent_space.codes(model, images).mu
     labels = np.array([pictures.items[i].label for i in held])

@@ -17,12 +17,15 @@ from anomaly_vae.data import (
     Pictures,
     Survey,
     in_order,
+    open_listing,
     open_pictures,
     suggest_image_spec,
     survey,
 )
 from anomaly_vae.errors import DataError
-from anomaly_vae.images import ImageSpec, decode
+from anomaly_vae.images import ImageSpec, decode, encode_png
+from anomaly_vae.layouts import Item, Listing
+from anomaly_vae.masking import RegionSpec
 
 SMALL = ImageSpec(height=16, width=24, channels=3)
 
@@ -255,6 +258,22 @@ def test_the_suggested_size_suits_the_pictures(
     assert (found.width, found.height) == size
     assert (image.width, image.height) == expected
     assert image.fit == "stretch"
+
+
+@pytest.mark.parametrize("colour", [False, True])
+@pytest.mark.parametrize("fit", ["stretch", "crop", "letterbox"])
+def test_an_array_s_picture_is_what_its_png_decodes_to(colour: bool, fit: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 20, 24, *((3,) if colour else ()))).astype(np.uint8)
+    listing = Listing(tuple(Item(None, f"{i}", "good", True) for i in range(3)), pixels=pixels)
+    region = RegionSpec(polygon=[(0.0, 0.1), (0.8, 0.1), (0.8, 1.0)])
+    for size in ((20, 24), (24, 20), (16, 16)):
+        for channels in (1, 3):
+            image = ImageSpec(height=size[0], width=size[1], channels=channels, fit=fit)
+            for spec in (image, region.within(image)):
+                opened = open_listing(listing, DataSpec(), spec).images([0, 1, 2])
+                for row in range(3):
+                    png = encode_png(pixels[row].transpose(2, 0, 1) if colour else pixels[row])
+                    assert torch.equal(opened[row], decode(png, spec))
 
 
 @settings(max_examples=200, deadline=None)

@@ -321,12 +321,12 @@ def test_normals_keep_their_loss_and_their_statistics(settings):
 def test_beyond_its_margin_an_anomaly_costs_nothing():
     model = objective().model.eval()
     x, known = torch.rand(4, 1, 16, 16), torch.rand(2, 1, 16, 16)
-    costs = [float(ExposureSpec(margin=margin).loss(model, known, x)) for margin in (1e-6, 1.0, 3.0)]
+    costs = [ExposureSpec(margin=margin).loss(model, known, x).item() for margin in (1e-6, 1.0, 3.0)]
     assert costs == sorted(costs)
     assert costs[2] - costs[1] == pytest.approx(0.3 * 2.0, rel=0.2)
     with torch.no_grad():
         near = model.likelihood.mean(model.decode(model.encode(x).mu))
-    assert float(ExposureSpec(margin=1e-6).loss(model, known * 0 + 1e3, near)) == 0
+    assert ExposureSpec(margin=1e-6).loss(model, known * 0 + 1e3, near).item() == 0
 
 
 def test_the_command_line_tells_of_them(exposed, folder):

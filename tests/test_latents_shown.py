@@ -34,7 +34,7 @@ def test_a_difference_of_codes_makes_drawn_faces_smile(tmp_path):
 
 
 def test_digits_in_two_latents(real_images, tmp_path):
-    done = run("--mnist", str(real_images / "mnist"), "--steps", "300", "--out", str(tmp_path / "out"))
+    done = run("--mnist", str(real_images / "mnist"), "--steps", "300", "--held", "600", "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     two, many = json.loads((tmp_path / "out" / "latents.json").read_text())["digits"]
     assert (two["latents"], many["latents"]) == (2, 28)
