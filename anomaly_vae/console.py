@@ -164,6 +164,9 @@ def kinds_table(evaluation: "Evaluation") -> Table:
         share, auroc = f"{kind.flagged} ({kind.flagged / kind.n:.0%})", _number(kind.auroc)
         seen = [_IN_TRAINING[kind.known]] if evaluation.known_kinds else []
         table.add_row(escape(kind.kind), str(kind.n), share, auroc, *seen)
+    if any(kind.known is None for kind in evaluation.kinds):
+        table.caption = "?: some known anomalies lie in no folder of their kind; put them into known_anomalies/KIND/"
+        table.caption_justify = "left"
     return table
 
 

@@ -222,6 +222,9 @@ def test_of_unknown_kind_nothing_is_claimed(tmp_path):
     evaluation = judged(made, root)
     assert evaluation.unseen is None
     assert {kind.known for kind in evaluation.kinds} == {None}
+    with out.capture() as shown:
+        out.print(kinds_table(evaluation))
+    assert "put them into known_anomalies/KIND/" in " ".join(shown.get().split())
 
 
 def test_without_exposure_the_folder_changes_no_weight(folder, tmp_path):
