@@ -130,8 +130,8 @@ class Backbone(nn.Module, ABC):
         """What the layers make of pictures, each (B, C_l, h_l, w_l)."""
 
     def loss(self, x: Tensor, generator: Generator) -> Tensor:
-        """What its own learning minimises on pictures, shape ()."""
-        raise NotImplementedError
+        """What its own learning minimises on pictures, shape (); nothing, for one without a `share` of training."""
+        return x.new_zeros(())
 
     def fetch(self) -> None:
         """Get weights that were trained elsewhere, where it has such; raises `ConfigError` where they cannot be had."""

@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from anomaly_vae.observations import Observation, Seen
-from anomaly_vae.score_base import Array, Fitted, References, Score, of_classes
-from anomaly_vae.whitening import distance, fit_whitening
+from anomaly_vae.observations import Observation
+from anomaly_vae.score_base import References, Score
+from anomaly_vae.whitened_score import WhitenedScore
 
 
 class SimpleActivationPath(Score):
@@ -26,7 +26,7 @@ class SimpleActivationPath(Score):
         return torch.stack([_mean_square(stage).sum(1) for stage in seen.exact.activation_differences]).sum(0)
 
 
-class NormalisedActivationPath(Score):
+class NormalisedActivationPath(WhitenedScore):
     """The same after whitening on normals (NAP of RaPP, Kim et al. 2020), shrunk after Ledoit and Wolf (2004).
 
     Of a map, each channel's root mean square over places is what is whitened, of other stages the differences
@@ -35,38 +35,22 @@ class NormalisedActivationPath(Score):
 
     kind: Literal["normalised_activation_path"] = "normalised_activation_path"
 
-    def __call__(self, seen: Observation, references: References) -> Tensor:
-        return distance(_path(seen), references)
-
-    def statistic(self, seen: Seen) -> Tensor:
-        return of_classes(seen, _path)
-
-    def fit(self, statistics: Array) -> Fitted:
-        return fit_whitening(statistics)
+    def numbers(self, seen: Observation) -> Tensor:
+        stages = seen.exact.activation_differences
+        return torch.cat([_mean_square(stage).sqrt() if stage.dim() > 2 else stage for stage in stages], 1)
 
 
-class EncoderDifference(Score):
+class EncoderDifference(WhitenedScore):
     """Mahalanobis distance of mu(x) - mu(x^) from those of normals: the last step of RaPP's path alone (Kim et al.
     2020). Cost: 1 pass and 1 encoding, in float64."""
 
     kind: Literal["encoder_difference"] = "encoder_difference"
 
-    def __call__(self, seen: Observation, references: References) -> Tensor:
-        return distance(seen.exact.code_difference, references)
-
-    def statistic(self, seen: Seen) -> Tensor:
-        return of_classes(seen, lambda one: one.exact.code_difference)
-
-    def fit(self, statistics: Array) -> Fitted:
-        return fit_whitening(statistics)
+    def numbers(self, seen: Observation) -> Tensor:
+        return seen.exact.code_difference
 
 
 def _mean_square(stage: Tensor) -> Tensor:
     """(B, C): of maps (B, C, H, W) the mean over places of the squares, of (B, C) the squares."""
     squares = stage.square()
     return squares.flatten(2).mean(2) if squares.dim() > 2 else squares
-
-
-def _path(seen: Observation) -> Tensor:
-    stages = seen.exact.activation_differences
-    return torch.cat([_mean_square(stage).sqrt() if stage.dim() > 2 else stage for stage in stages], 1)

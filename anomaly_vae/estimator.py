@@ -17,7 +17,7 @@ from anomaly_vae.engine import pick_device
 from anomaly_vae.errors import ConfigError
 from anomaly_vae.fabric import make_fabric
 from anomaly_vae.fitting import Fitting
-from anomaly_vae.member import Batch, Member, member_scores
+from anomaly_vae.member import Batch, Batches, Member, member_scores
 from anomaly_vae.networks import Shape
 from anomaly_vae.objectives import Objective
 from anomaly_vae.recipe import FUSED, DetectorSpec
@@ -328,8 +328,13 @@ def _make_reader(
     Fitting(fabric, objective, spec.training, _Rows(images), part.train, part.fit, seed, 1 / count).run(
         None, lambda progress: None
     )
-    fit = images[torch.from_numpy(part.fit)]
-    return _Reader(Member.fit(spec, {"": [model]}, lambda: (Batch(images) for images in _batches(fit))), standard)
+    member = Member.fit(spec, {"": [model]}, _shown(images, part.fit), _shown(images, part.train))
+    return _Reader(member, standard)
+
+
+def _shown(images: Tensor, chosen: Indices) -> Batches:
+    some = images[torch.from_numpy(chosen)]
+    return lambda: (Batch(batch) for batch in _batches(some))
 
 
 def _scores(spec: DetectorSpec, reader: _Reader, rows: Array) -> Floats:

@@ -1,6 +1,6 @@
 """`Expert`: one trained model and what its scores learned from normals of the *fit* split."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -77,19 +77,29 @@ class Expert:
     references: References
 
     @classmethod
-    def fit(cls, spec: ExpertSpec, model: AutoEncoder, batches: Batches, blur: float, of_one: int = 1) -> "Expert":
+    def fit(
+        cls,
+        spec: ExpertSpec,
+        model: AutoEncoder,
+        batches: Batches,
+        blur: float,
+        of_one: int = 1,
+        trained: Batches | None = None,
+    ) -> "Expert":
         """Measure references on the *fit* split: first what scores fit, then the scores' own spread.
 
         A reference flatters the pictures it was fitted on, the more the fewer they are; so the spread is measured
         crosswise, each picture against references from the other folds. `of_one` rows each are of one picture, and stay
-        in one fold.
+        in one fold. `trained` are pictures the model was trained on, for the scores that owe nothing to the model.
         """
         model.eval()
         with torch.inference_mode():
-            statistics = _statistics(spec, model, batches)
+            statistics = _statistics(spec.scores, model, batches)
+            untaught = [score for score in spec.scores if score.untaught]
+            more = _statistics(untaught, model, trained) if trained and untaught else {}
             left_out = range(_FOLDS) if statistics else ()
-            crossed = [_fitted(spec, model, statistics, of_one, leave_out=k) for k in left_out]
-            of_scores = _fitted(spec, model, statistics, of_one)
+            crossed = [_fitted(spec, model, statistics, more, of_one, leave_out=k) for k in left_out]
+            of_scores = _fitted(spec, model, statistics, more, of_one)
             columns, heat = _crosswise(spec, model, batches, crossed, of_scores, blur, of_one)
         scales = {kind: fit_scale(_natural(spec, kind, columns[:, i])) for i, kind in enumerate(spec.columns)}
         references = References(of_scores, scales, np.maximum(np.quantile(heat, _HEAT_QUANTILE, axis=0), 1e-12))
@@ -138,12 +148,12 @@ def enlarged(heat: Tensor, images: Tensor) -> Tensor:
     return torch.nn.functional.interpolate(heat[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
 
 
-def _statistics(spec: ExpertSpec, model: AutoEncoder, batches: Batches) -> dict[str, Floats]:
-    """For each score that fits anything, what it wants to see of all fit images, one row an image."""
+def _statistics(scores: Sequence[ScoreSpec], model: AutoEncoder, batches: Batches) -> dict[str, Floats]:
+    """For each score that fits anything, what it wants to see of all images, one row an image."""
     found: dict[str, list[Floats]] = {}
     for batch in batches():
         seen = batch.seen_by(model)
-        for score in spec.scores:
+        for score in scores:
             statistic = score.statistic(seen)
             if statistic is not None:
                 found.setdefault(score.column, []).append(statistic.double().cpu().numpy())
@@ -151,15 +161,24 @@ def _statistics(spec: ExpertSpec, model: AutoEncoder, batches: Batches) -> dict[
 
 
 def _fitted(
-    spec: ExpertSpec, model: AutoEncoder, statistics: dict[str, Floats], of_one: int, leave_out: int | None = None
+    spec: ExpertSpec,
+    model: AutoEncoder,
+    statistics: dict[str, Floats],
+    more: dict[str, Floats],
+    of_one: int,
+    leave_out: int | None = None,
 ) -> OfScores:
-    """References from all rows, or from all but those of one fold (the picture's number modulo `_FOLDS`)."""
+    """References from all rows, or from all but those of one fold (the picture's number modulo `_FOLDS`).
+
+    Rows of `more` are of other pictures, and count in every fold.
+    """
     fitted: OfScores = {}
     for score in spec.scores:
         if score.column in statistics:
             rows = statistics[score.column]
             keep = np.arange(len(rows)) // of_one % _FOLDS != leave_out
-            found = score.fit(rows[keep] if keep.any() else rows)
+            kept = rows[keep] if keep.any() else rows
+            found = score.fit(np.concatenate([kept, more[score.column]]) if score.column in more else kept)
             fitted[score.column] = {name: torch.from_numpy(value).to(model.device) for name, value in found.items()}
     return fitted
 

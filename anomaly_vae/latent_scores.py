@@ -16,7 +16,8 @@ from anomaly_vae.likelihoods import Gaussian, Laplace
 from anomaly_vae.observations import Observation, Seen, wide
 from anomaly_vae.posteriors import DiagonalGaussian, Spherical
 from anomaly_vae.score_base import Array, Fitted, References, Score, of_classes
-from anomaly_vae.whitening import distance, fit_whitening, whitened
+from anomaly_vae.whitened_score import WhitenedScore
+from anomaly_vae.whitening import fit_whitening, whitened
 
 
 class Mahalanobis(Score):
@@ -105,7 +106,7 @@ class NearestNeighbours(Score):
         return fit_whitening(statistics) | {"codes": np.ascontiguousarray(statistics[::every], np.float32)}
 
 
-class LatentPath(Score):
+class LatentPath(WhitenedScore):
     """Mahalanobis distance of (log ||x - x^||, log ||mu||, log ||sigma||, log ||sigma_x||) from normals (likelihood
     path, Huang et al. 2024). Cost: 1 pass, in float64.
 
@@ -114,26 +115,16 @@ class LatentPath(Score):
 
     kind: Literal["latent_path"] = "latent_path"
 
-    def __call__(self, seen: Observation, references: References) -> Tensor:
-        return distance(_path(seen), references)
-
-    def statistic(self, seen: Seen) -> Tensor:
-        return of_classes(seen, _path)
-
-    def fit(self, statistics: Array) -> Fitted:
-        return fit_whitening(statistics)
-
-
-def _path(seen: Observation) -> Tensor:
-    """Logarithms of the norms along the way from x to its reconstruction, (B, 2 to 4)."""
-    seen = seen.exact
-    posterior, likelihood = seen.posterior, seen.model.likelihood
-    parts = [seen.x - seen.reconstruction, posterior.mu]
-    if isinstance(posterior, DiagonalGaussian):
-        parts.append((0.5 * posterior.logvar).exp())
-    if isinstance(posterior, Spherical):
-        parts.append(posterior.kappa.rsqrt())
-    if isinstance(likelihood, Gaussian | Laplace) and likelihood.scale == "learned":
-        parts.append(likelihood.log_scale_of(seen.output).exp())
-    # An exact reconstruction or an empty code has no logarithm.
-    return torch.stack([(wide(part).flatten(1).square().sum(1).sqrt() + 1e-6).log() for part in parts], 1)
+    def numbers(self, seen: Observation) -> Tensor:
+        """Logarithms of the norms along the way from x to its reconstruction, (B, 2 to 4)."""
+        seen = seen.exact
+        posterior, likelihood = seen.posterior, seen.model.likelihood
+        parts = [seen.x - seen.reconstruction, posterior.mu]
+        if isinstance(posterior, DiagonalGaussian):
+            parts.append((0.5 * posterior.logvar).exp())
+        if isinstance(posterior, Spherical):
+            parts.append(posterior.kappa.rsqrt())
+        if isinstance(likelihood, Gaussian | Laplace) and likelihood.scale == "learned":
+            parts.append(likelihood.log_scale_of(seen.output).exp())
+        # An exact reconstruction or an empty code has no logarithm.
+        return torch.stack([(wide(part).flatten(1).square().sum(1).sqrt() + 1e-6).log() for part in parts], 1)

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from anomaly_vae.model import ModelSpec
-from anomaly_vae.observations import Observation, Seen, gaussian_blur, wide
-from anomaly_vae.score_base import Array, Fitted, References, Score, of_classes
-from anomaly_vae.whitening import distance, fit_whitening
+from anomaly_vae.observations import Observation, gaussian_blur, wide
+from anomaly_vae.score_base import References, Score
+from anomaly_vae.whitened_score import WhitenedScore
 
 
 class SyntheticDefect(Score):
@@ -38,7 +38,7 @@ class SyntheticDefect(Score):
         return None if model.marker else "it asks a marker trained on synthetic defects; set model.marker={}"
 
 
-class UnfamiliarFeatures(Score):
+class UnfamiliarFeatures(WhitenedScore):
     """Squared Mahalanobis distance, from normals, of what `model.views` sees in all eight views of a picture (features
     that a pretext task taught, Sehwag et al. 2021; covariance after Ledoit and Wolf 2004).
 
@@ -47,14 +47,11 @@ class UnfamiliarFeatures(Score):
 
     kind: Literal["unfamiliar_features"] = "unfamiliar_features"
 
-    def __call__(self, seen: Observation, references: References) -> Tensor:
-        return distance(_features(seen), references)
-
-    def statistic(self, seen: Seen) -> Tensor:
-        return of_classes(seen, _features)
-
-    def fit(self, statistics: Array) -> Fitted:
-        return fit_whitening(statistics)
+    def numbers(self, seen: Observation) -> Tensor:
+        exact = seen.exact
+        assert exact.model.views is not None
+        found: Tensor = exact.model.views.features(exact.x)
+        return found
 
     def refusal(self, model: ModelSpec) -> str | None:
         return _no_views(model)
@@ -74,13 +71,6 @@ class UnfamiliarView(Score):
 
     def refusal(self, model: ModelSpec) -> str | None:
         return _no_views(model)
-
-
-def _features(seen: Observation) -> Tensor:
-    exact = seen.exact
-    assert exact.model.views is not None
-    found: Tensor = exact.model.views.features(exact.x)
-    return found
 
 
 def _no_views(model: ModelSpec) -> str | None:

@@ -41,12 +41,22 @@ class Member:
     experts: Mapping[str, tuple[Expert, ...]]
 
     @classmethod
-    def fit(cls, spec: DetectorSpec, models: Mapping[str, Sequence[AutoEncoder]], batches: Batches) -> "Member":
-        """Measure on the *fit* split what the scores of all models need to know about normals."""
+    def fit(
+        cls,
+        spec: DetectorSpec,
+        models: Mapping[str, Sequence[AutoEncoder]],
+        batches: Batches,
+        trained: Batches | None = None,
+    ) -> "Member":
+        """Measure on the *fit* split what the scores of all models need to know about normals.
+
+        `trained`: pictures that the models were trained on, for the scores that may have them as references too.
+        """
         of_one, seen = spec.tiling.count if spec.tiling else 1, _as_seen(spec, batches)
+        more = _as_seen(spec, trained) if trained else None
         return cls(
             {
-                name: tuple(Expert.fit(own, model, seen, spec.heat_blur, of_one) for model in models[name])
+                name: tuple(Expert.fit(own, model, seen, spec.heat_blur, of_one, more) for model in models[name])
                 for name, own in spec.experts.items()
             }
         )

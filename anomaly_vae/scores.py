@@ -31,6 +31,7 @@ from anomaly_vae.likelihood_scores import (
 )
 from anomaly_vae.observations import Observation, Seen
 from anomaly_vae.score_base import References, Score
+from anomaly_vae.shape_scores import UnfamiliarShape
 from anomaly_vae.structure_scores import Msgms, Ssim
 from anomaly_vae.surprise_scores import LocalSurprise
 
@@ -69,6 +70,7 @@ __all__ = [
     "TopK",
     "Typicality",
     "UnfamiliarFeatures",
+    "UnfamiliarShape",
     "UnfamiliarView",
     "measure",
     "measure_map",
@@ -106,6 +108,7 @@ ScoreSpec = Annotated[
     | LocalSurprise
     | SyntheticDefect
     | UnfamiliarFeatures
+    | UnfamiliarShape
     | UnfamiliarView,
     Field(discriminator="kind"),
 ]

@@ -36,6 +36,8 @@ from anomaly_vae.spec import dump_yaml, read_yaml
 _SCORING_BATCH = 64
 _PROBE_PIXELS = 2**21
 """Of all probes with tiles: large ones would outweigh the rest of a bundle, and be long judged whenever it loads."""
+_REFERENCES = 8192
+"""So many training pictures, or tiles of them, at most are shown to scores that owe nothing to the model."""
 _RUN = "run.yaml"
 
 
@@ -198,7 +200,9 @@ def _make_member(
         model, one = _make_model(spec, place, pictures, part, known, fabric, 1 / count, work, tell)
         models.setdefault(place.kind, []).append(model)
         fitted.append(one)
-    return Member.fit(spec, models, _batches(spec, pictures, part.fit)), fitted
+    rows = len(part.train) * (spec.tiling.count if spec.tiling else 1)
+    trained = _batches(spec, pictures, part.train[:: -(-rows // _REFERENCES)])
+    return Member.fit(spec, models, _batches(spec, pictures, part.fit), trained), fitted
 
 
 class _Place(NamedTuple):

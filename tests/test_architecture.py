@@ -20,6 +20,7 @@ LIBRARY = [
     {"perceptual", "exposure", "differentiable", "tiling", "masking"},
     {"objectives", "observations", "regions"},
     {"score_base", "whitening"},
+    {"whitened_score"},
     {
         "error_scores",
         "structure_scores",
@@ -31,6 +32,7 @@ LIBRARY = [
         "inpainting_scores",
         "surprise_scores",
         "learned_scores",
+        "shape_scores",
     },
     {"layouts", "rendering", "scores", "report_charts", "grids"},
     {"datasets", "manifest", "splitting", "similarity"},

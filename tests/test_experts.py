@@ -13,9 +13,11 @@ from anomaly_vae.errors import ConfigError, TrainingError
 from anomaly_vae.evaluation import evaluate
 from anomaly_vae.expert import Expert
 from anomaly_vae.expert_spec import ExpertSpec
+from anomaly_vae.learned_scores import UnfamiliarFeatures
 from anomaly_vae.marking import MarkerSpec, focal_loss
 from anomaly_vae.member import Batch
 from anomaly_vae.metrics import detection
+from anomaly_vae.observations import observe
 from anomaly_vae.presets import read_preset
 from anomaly_vae.seeds import generator_of
 from anomaly_vae.training import train
@@ -92,10 +94,10 @@ def test_the_verdict_fuses_the_fused(detector, digits):
     member, spec = detector.members[0], detector.spec
     with torch.inference_mode():
         z = []
-        for experts in member.experts.values():
+        for name, experts in member.experts.items():
             own = np.mean([expert.judge(Batch(digits[1][:8]), None).z for expert in experts], 0)
-            z.append(own)
-    loudest = np.maximum(*(spec.fusion.fuse(of_kind) for of_kind in z))
+            z.append(spec.experts[name].fusion.fuse(own))
+    loudest = np.maximum(*z)
     np.testing.assert_allclose(detector.judge(digits[1][:8]).score, loudest, rtol=1e-6)
 
 
@@ -251,8 +253,14 @@ def test_features_of_views_come_view_by_view_and_are_rare_for_other_digits(detec
         torch.testing.assert_close(views.network[-1](found[:, 5]), views(view(x, 5)))
         turned = views.features(view(x, 1)).unflatten(1, (COUNT, -1))
     torch.testing.assert_close(turned[:, 0], found[:, 1])
-    normal, odd = (np.array(detector.judge(images[:100]).parts["unfamiliar_features"]) for images in digits)
-    assert detection(normal, odd).auroc > 0.8
+    score, model = UnfamiliarFeatures(), detector.members[0].model
+    with torch.inference_mode():
+        known, normal, odd = (
+            observe(model, model.view(images)) for images in (digits[0][1::2], digits[0][::2], digits[1][:100])
+        )
+        found = score.fit(score.statistic(known).numpy())
+        references = {name: torch.from_numpy(value) for name, value in found.items()}
+        assert detection(score(normal, references).numpy(), score(odd, references).numpy()).auroc > 0.8
 
 
 def test_a_shrunken_model_judges_large_pictures(digits_folder, tmp_path):

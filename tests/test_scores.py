@@ -42,6 +42,7 @@ KINDS = [
     "inpainting",
     "synthetic_defect",
     "unfamiliar_features",
+    "unfamiliar_shape",
     "unfamiliar_view",
 ]
 UNTRAINED = {"synthetic_defect", "unfamiliar_features", "unfamiliar_view"}
@@ -67,6 +68,7 @@ MAPPED = [
     "energy_projection",
     "inpainting",
     "synthetic_defect",
+    "unfamiliar_shape",
 ]
 NEED_BOUND = {
     "negative_elbo",
