@@ -25,7 +25,6 @@ from anomaly_vae.layouts import DataSpec
 T = TypeVar("T")
 
 QUICK_TRAIN, QUICK_NORMAL, QUICK_ABNORMAL = 120, 40, 60
-LEAVE_ONE_OUT_LIMIT = 6000
 SHARES = (0.0, 0.01, 0.05, 0.1)
 SIZES = (16, 50, 200, 1000)
 PAPERS_A_SPLIT = 4
@@ -191,10 +190,10 @@ def one_class(name: str, wanted: Wanted) -> Iterator[Task]:
 def leave_one_out(wanted: Wanted) -> Iterator[Task]:
     """Each digit in turn is abnormal, and the nine others are normal."""
     found = classes_of("mnist", wanted)
-    limit = QUICK_TRAIN if wanted.quick else wanted.limit or LEAVE_ONE_OUT_LIMIT
+    limit = QUICK_TRAIN if wanted.quick else wanted.limit
     for label in found.chosen:
         normal = tuple(name for name in found.made if name != label)
-        train = [entry for name in normal for entry in thin(found.made[name], limit // len(normal))]
+        train = [entry for name in normal for entry in thin(found.made[name], limit and limit // len(normal))]
         about = f"made from nine digits, {len(train):,} pictures, the tenth abnormal; {found.about}"
         entries = (*train, *found.test_of(normal, wanted.quick))
         yield Task(wanted.named(LEAVE_ONE_OUT), label, found.split, about, normal, entries)
