@@ -94,12 +94,12 @@ class Expert:
         """
         model.eval()
         with torch.inference_mode():
-            statistics = _statistics(spec.scores, model, batches)
+            statistics = _statistics(spec.scores, model, batches, of_one)
             untaught = [score for score in spec.scores if score.untaught]
-            more = _statistics(untaught, model, trained) if trained and untaught else {}
+            more = _statistics(untaught, model, trained, of_one) if trained and untaught else {}
             left_out = range(_FOLDS) if statistics else ()
-            crossed = [_fitted(spec, model, statistics, more, of_one, leave_out=k) for k in left_out]
-            of_scores = _fitted(spec, model, statistics, more, of_one)
+            crossed = [_fitted(spec, model, statistics, more, leave_out=k) for k in left_out]
+            of_scores = _fitted(spec, model, statistics, more)
             columns, heat = _crosswise(spec, model, batches, crossed, of_scores, blur, of_one)
         scales = {kind: fit_scale(_natural(spec, kind, columns[:, i])) for i, kind in enumerate(spec.columns)}
         references = References(of_scores, scales, np.maximum(np.quantile(heat, _HEAT_QUANTILE, axis=0), 1e-12))
@@ -148,38 +148,71 @@ def enlarged(heat: Tensor, images: Tensor) -> Tensor:
     return torch.nn.functional.interpolate(heat[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
 
 
-def _statistics(scores: Sequence[ScoreSpec], model: AutoEncoder, batches: Batches) -> dict[str, Floats]:
-    """For each score that fits anything, what it wants to see of all images, one row an image."""
-    found: dict[str, list[Floats]] = {}
+class Sample:
+    """Statistics of images (n, ...) with the number of the picture that each is of.
+
+    Of more pictures than twice `most` every second is dropped, as often as it takes: however many there are, what is
+    kept fits in memory and is spread evenly.
+    """
+
+    def __init__(self, most: int | None) -> None:
+        self.most, self.every, self.count = most, 1, 0
+        self.parts: list[tuple[npt.NDArray[np.int64], Floats]] = []
+
+    def add(self, pictures: npt.NDArray[np.int64], rows: Floats) -> None:
+        """Rows, and the numbers of their pictures."""
+        self.parts.append(self._thinned(pictures, rows))
+        self.count += len(self.parts[-1][0])
+        if self.most is not None and self.count > 2 * self.most:
+            self.every *= 2
+            self.parts = [self._thinned(*part) for part in self.parts]
+            self.count = sum(len(numbers) for numbers, _ in self.parts)
+
+    def _thinned(self, pictures: npt.NDArray[np.int64], rows: Floats) -> tuple[npt.NDArray[np.int64], Floats]:
+        keep = pictures % self.every == 0
+        return pictures[keep], rows[keep]
+
+    def rows(self, leave_out: int | None) -> Floats:
+        """All rows, or all but those of one fold (the picture's number modulo `_FOLDS`)."""
+        pictures, rows = (np.concatenate(values) for values in zip(*self.parts, strict=True))
+        keep = pictures % _FOLDS != leave_out
+        return np.asarray(rows[keep] if keep.any() else rows)
+
+
+def _statistics(scores: Sequence[ScoreSpec], model: AutoEncoder, batches: Batches, of_one: int) -> dict[str, Sample]:
+    """For each score that fits anything, what it wants to see of images."""
+    found: dict[str, Sample] = {}
+    before = 0
     for batch in batches():
         seen = batch.seen_by(model)
+        pictures = np.arange(before, before + len(batch.images)) // of_one
         for score in scores:
             statistic = score.statistic(seen)
             if statistic is not None:
-                found.setdefault(score.column, []).append(statistic.double().cpu().numpy())
-    return {kind: np.concatenate(rows) for kind, rows in found.items()}
+                sample = found.setdefault(score.column, Sample(score.shown))
+                sample.add(pictures, statistic.double().cpu().numpy())
+        before += len(batch.images)
+    return found
 
 
 def _fitted(
     spec: ExpertSpec,
     model: AutoEncoder,
-    statistics: dict[str, Floats],
-    more: dict[str, Floats],
-    of_one: int,
+    statistics: dict[str, Sample],
+    more: dict[str, Sample],
     leave_out: int | None = None,
 ) -> OfScores:
-    """References from all rows, or from all but those of one fold (the picture's number modulo `_FOLDS`).
-
-    Rows of `more` are of other pictures, and count in every fold.
-    """
+    """References from all rows, or from all but those of one fold; those of `more` are of other pictures, and count in
+    every fold."""
     fitted: OfScores = {}
     for score in spec.scores:
         if score.column in statistics:
-            rows = statistics[score.column]
-            keep = np.arange(len(rows)) // of_one % _FOLDS != leave_out
-            kept = rows[keep] if keep.any() else rows
-            found = score.fit(np.concatenate([kept, more[score.column]]) if score.column in more else kept)
-            fitted[score.column] = {name: torch.from_numpy(value).to(model.device) for name, value in found.items()}
+            rows = statistics[score.column].rows(leave_out)
+            if score.column in more:
+                rows = np.concatenate([rows, more[score.column].rows(None)])
+            fitted[score.column] = {
+                name: torch.from_numpy(value).to(model.device) for name, value in score.fit(rows).items()
+            }
     return fitted
 
 

@@ -24,7 +24,15 @@ from anomaly_vae.scores import (
 )
 from anomaly_vae.spec import Spec
 
-_FUSED = ("relative_error", "local_maximum", "mahalanobis", "synthetic_defect", "unfamiliar_view", "unfamiliar_shape")
+_FUSED = (
+    "relative_error",
+    "local_maximum",
+    "mahalanobis",
+    "synthetic_defect",
+    "unfamiliar_view",
+    "unfamiliar_shape",
+    "unfamiliar_texture",
+)
 """What is fused, of the scores there are, where nobody says."""
 _MAPPED = ("local_surprise", "synthetic_defect")
 """Whose maps make the heat map, likewise."""

@@ -58,12 +58,17 @@ class Score(Spec):
         """The same for each pixel, shape (B, H, W), >= 0, higher = more anomalous; None where it has no place."""
         return None
 
+    @property
+    def shown(self) -> int | None:
+        """About how many images `fit` is shown at most; None: all."""
+        return None
+
     def statistic(self, seen: Seen) -> Tensor | None:
         """What `fit` wants to see of the fit split, one row an image; None where nothing is fitted."""
         return None
 
     def fit(self, statistics: Array) -> Fitted:
-        """References from the statistics of all fit images, (n,) or (n, D), however few."""
+        """References from the statistics of all fit images, (n, ...), however few."""
         return {}
 
 

@@ -34,6 +34,7 @@ from anomaly_vae.score_base import References, Score
 from anomaly_vae.shape_scores import UnfamiliarShape
 from anomaly_vae.structure_scores import Msgms, Ssim
 from anomaly_vae.surprise_scores import LocalSurprise
+from anomaly_vae.texture_scores import UnfamiliarTexture
 
 __all__ = [
     "AbsoluteError",
@@ -71,6 +72,7 @@ __all__ = [
     "Typicality",
     "UnfamiliarFeatures",
     "UnfamiliarShape",
+    "UnfamiliarTexture",
     "UnfamiliarView",
     "measure",
     "measure_map",
@@ -109,6 +111,7 @@ ScoreSpec = Annotated[
     | SyntheticDefect
     | UnfamiliarFeatures
     | UnfamiliarShape
+    | UnfamiliarTexture
     | UnfamiliarView,
     Field(discriminator="kind"),
 ]

@@ -3,7 +3,6 @@
 It asks no model, so it keeps its head where a decoder rebuilds what it never saw, or where normals are of many kinds.
 """
 
-import math
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -13,16 +12,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from anomaly_vae.observations import Observation, Seen, wide
+from anomaly_vae.oriented_gradients import Grid, grid_of, oriented, windowed
 from anomaly_vae.score_base import Array, Fitted, References, Score
 
 _PIXELS = 4
 """Pixels of a cell's side; the picture is shrunk to that."""
-_SMOOTHING = 0.7
-"""Pixels: the width of a thin stroke."""
 _REACH = 1.9
 """Pixels: the standard deviation of a cell's window, which overlaps with the next, so that a shift changes little."""
 _WEAK = 1e-3
-"""A gradient, per pixel of a picture in [0, 1], that is noise rather than an edge."""
+"""So little gradient in a whole picture is none."""
 
 
 class UnfamiliarShape(Score):
@@ -46,11 +44,15 @@ class UnfamiliarShape(Score):
     directions: int = Field(96, ge=1, le=4096)
     kept: int = Field(32_768, ge=1, le=1_000_000)
 
+    @property
+    def shown(self) -> int:
+        return self.kept
+
     def __call__(self, seen: Observation, references: References) -> Tensor:
         return self._residual(seen, references).square().sum(1).sqrt()
 
     def map(self, seen: Observation, references: References) -> Tensor:
-        rows, columns = self._grid(seen.x)
+        rows, columns = grid_of(seen.x, self.cells)
         residual = self._residual(seen, references).reshape(-1, self.orientations, rows, columns)
         cells = residual.square().sum(1).sqrt()
         return F.interpolate(cells[:, None], seen.x.shape[2:], mode="bilinear", align_corners=False)[:, 0]
@@ -84,47 +86,16 @@ class UnfamiliarShape(Score):
         """Roots of the histograms (B, orientations x cells), each row of length 1."""
         return seen.once(
             ("outlines", self.cells, self.orientations),
-            lambda: outlines(wide(seen.x), self._grid(seen.x), self.orientations),
+            lambda: outlines(wide(seen.x), grid_of(seen.x, self.cells), self.orientations),
         )
 
-    def _grid(self, x: Tensor) -> tuple[int, int]:
-        height, width = x.shape[2:]
-        cell = min(height, width) / self.cells
-        return round(height / cell), round(width / cell)
 
-
-def outlines(x: Tensor, grid: tuple[int, int], orientations: int) -> Tensor:
+def outlines(x: Tensor, grid: Grid, orientations: int) -> Tensor:
     """Roots of histograms of oriented gradients of pictures (B, C, H, W), (B, orientations x rows x columns)."""
     size = (grid[0] * _PIXELS, grid[1] * _PIXELS)
     x = x if x.shape[2:] == size else F.interpolate(x, size, mode="area")
-    x = _windowed(x, size, _SMOOTHING)
-    padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
-    across = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) / 2
-    down = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) / 2
-    strongest = (across.square() + down.square()).argmax(1, keepdim=True)
-    across, down = across.gather(1, strongest), down.gather(1, strongest)
-    strength = (across.square() + down.square()).sqrt()
-    angles = torch.arange(orientations, device=x.device, dtype=x.dtype) * (2 * math.pi / orientations)
-    towards = across * angles.cos().view(1, -1, 1, 1) + down * angles.sin().view(1, -1, 1, 1)
-    votes = towards.clamp_min(0).square() / (strength + _WEAK)
-    histograms = _windowed(votes, grid, _REACH).flatten(1)
+    histograms = windowed(oriented(x, orientations), grid, _REACH).flatten(1)
     return (histograms / (histograms.sum(1, keepdim=True) + _WEAK)).sqrt()
-
-
-def _windowed(maps: Tensor, grid: tuple[int, int], sigma: float) -> Tensor:
-    """Means of maps (B, C, H, W) under Gaussian windows of `sigma` pixels about the centres of a grid, (B, C, *grid).
-
-    Products of matrices: in float64 these are many times as fast as convolutions.
-    """
-    down, across = (_windows(count, size, sigma, maps) for count, size in zip(grid, maps.shape[2:], strict=True))
-    return down @ maps @ across.T
-
-
-def _windows(count: int, size: int, sigma: float, like: Tensor) -> Tensor:
-    """Weights (count, size), each row summing to 1."""
-    centres = (torch.arange(count, device=like.device, dtype=like.dtype) + 0.5) * (size / count)
-    places = torch.arange(size, device=like.device, dtype=like.dtype) + 0.5
-    return (-0.5 * ((places - centres[:, None]) / sigma).square()).softmax(1)
 
 
 def from_plane(points: Tensor, normals: Tensor, neighbours: int, ridge: float) -> Tensor:

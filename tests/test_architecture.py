@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 LIBRARY = [
     {"errors", "seeds"},
     {"spec", "image_sniffing", "torchvision_compat", "von_mises_fisher", "adversaries"},
-    {"posteriors"},
+    {"posteriors", "oriented_gradients"},
     {"latent_laws"},
     {"networks", "corruptions", "augmentation", "likelihoods", "latents", "marking", "viewing", "pretrained"},
     {"backbones", "image_headers", "calibration", "fusion", "metrics", "bundle"},
@@ -33,6 +33,7 @@ LIBRARY = [
         "surprise_scores",
         "learned_scores",
         "shape_scores",
+        "texture_scores",
     },
     {"layouts", "rendering", "scores", "report_charts", "grids"},
     {"datasets", "manifest", "splitting", "similarity"},

@@ -43,6 +43,7 @@ KINDS = [
     "synthetic_defect",
     "unfamiliar_features",
     "unfamiliar_shape",
+    "unfamiliar_texture",
     "unfamiliar_view",
 ]
 UNTRAINED = {"synthetic_defect", "unfamiliar_features", "unfamiliar_view"}
@@ -69,6 +70,7 @@ MAPPED = [
     "inpainting",
     "synthetic_defect",
     "unfamiliar_shape",
+    "unfamiliar_texture",
 ]
 NEED_BOUND = {
     "negative_elbo",

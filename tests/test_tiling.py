@@ -18,7 +18,7 @@ from anomaly_vae.bundle import Bundle
 from anomaly_vae.classifying import classify
 from anomaly_vae.describing import bundle_facts, facts_table
 from anomaly_vae.evaluation import evaluate
-from anomaly_vae.expert import _fitted
+from anomaly_vae.expert import Sample, _fitted
 from anomaly_vae.exploring import explore
 from anomaly_vae.images import ImageSpec
 from anomaly_vae.masking import RegionSpec
@@ -167,7 +167,9 @@ def test_tiles_of_one_picture_stay_in_one_fold(detector):
     expert = detector.members[0].experts[""][0]
     score = next(score for score in expert.spec.scores if score.kind == "mahalanobis")
     rows = np.random.default_rng(0).normal(size=(7 * 3, 8))
-    crossed = _fitted(expert.spec, expert.model, {"mahalanobis": rows}, of_one=3, leave_out=1)["mahalanobis"]
+    sample = Sample(None)
+    sample.add(np.arange(len(rows)) // 3, rows)
+    crossed = _fitted(expert.spec, expert.model, {"mahalanobis": sample}, {}, leave_out=1)["mahalanobis"]
     # Of seven pictures with three tiles each, those with the numbers 1 and 6 are left out.
     wanted = score.fit(np.delete(rows, [3, 4, 5, 18, 19, 20], 0))
     assert all(torch.equal(crossed[name], torch.from_numpy(value)) for name, value in wanted.items())
