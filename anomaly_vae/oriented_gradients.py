@@ -37,8 +37,9 @@ def oriented(x: Tensor, orientations: int) -> Tensor:
     across, down = across.gather(1, strongest), down.gather(1, strongest)
     strength = (across.square() + down.square()).sqrt()
     angles = torch.arange(orientations, device=x.device, dtype=x.dtype) * (2 * math.pi / orientations)
-    towards = across * angles.cos().view(1, -1, 1, 1) + down * angles.sin().view(1, -1, 1, 1)
-    return towards.clamp_min(0).square() / (strength + _WEAK)
+    # In place: these are the largest maps of all, and memory is what they wait for.
+    towards = (across * angles.cos().view(1, -1, 1, 1)).addcmul_(down, angles.sin().view(1, -1, 1, 1))
+    return towards.clamp_(min=0).square_().div_(strength + _WEAK)
 
 
 def windowed(maps: Tensor, grid: Grid, sigma: float) -> Tensor:
