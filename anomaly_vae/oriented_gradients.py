@@ -1,6 +1,6 @@
 """Gradients of pictures by the direction they point in, and means of maps on coarser grids.
 
-Means are products of matrices: in float64 these are many times as fast as convolutions.
+In float64, where convolutions are slow: means are sums of shifted maps, or products of matrices.
 """
 
 import math
@@ -11,8 +11,7 @@ from torch.nn import functional as F
 
 Grid = tuple[int, int]
 
-SMOOTHING = 0.7
-"""Pixels: the width of a thin stroke."""
+_SMOOTHING, _RADIUS = 0.7, 2
 _WEAK = 1e-3
 """A gradient, per pixel of a picture in [0, 1], that is noise rather than an edge."""
 
@@ -30,11 +29,10 @@ def oriented(x: Tensor, orientations: int) -> Tensor:
     Direction k points k / orientations of a turn from the right downwards; one between two counts for both. Of colours
     the strongest counts.
     """
-    padded = F.pad(windowed(x, (x.shape[2], x.shape[3]), SMOOTHING), (1, 1, 1, 1), mode="replicate")
+    padded = F.pad(_smoothed(x), (1, 1, 1, 1), mode="replicate")
     across = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) / 2
     down = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) / 2
-    strongest = (across.square() + down.square()).argmax(1, keepdim=True)
-    across, down = across.gather(1, strongest), down.gather(1, strongest)
+    across, down = _strongest(across, down)
     strength = (across.square() + down.square()).sqrt()
     angles = torch.arange(orientations, device=x.device, dtype=x.dtype) * (2 * math.pi / orientations)
     # In place: these are the largest maps of all, and memory is what they wait for.
@@ -45,7 +43,32 @@ def oriented(x: Tensor, orientations: int) -> Tensor:
 def windowed(maps: Tensor, grid: Grid, sigma: float) -> Tensor:
     """Means of maps (B, C, H, W) in Gaussian windows of `sigma` pixels about the centres of a grid, (B, C, *grid)."""
     down, across = (_windows(count, size, sigma, maps) for count, size in zip(grid, maps.shape[2:], strict=True))
-    return down @ maps @ across.T
+    return down @ (maps @ across.T)
+
+
+def _smoothed(x: Tensor) -> Tensor:
+    """Images (B, C, H, W) under a Gaussian of 0.7 px, as wide as a thin stroke; borders repeat."""
+    weights = [math.exp(-0.5 * (offset / _SMOOTHING) ** 2) for offset in range(-_RADIUS, _RADIUS + 1)]
+    for axis in (2, 3):
+        size = x.shape[axis]
+        sides = (0, 0, _RADIUS, _RADIUS) if axis == 2 else (_RADIUS, _RADIUS, 0, 0)
+        padded = F.pad(x, sides, mode="replicate")
+        x = torch.zeros_like(x)
+        for i, weight in enumerate(weights):
+            x.add_(padded.narrow(axis, i, size), alpha=weight / sum(weights))
+    return x
+
+
+def _strongest(across: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Of gradients (B, C, H, W) that of the channel where it is strongest, (B, 1, H, W) each."""
+    found, best = (across[:, :1], down[:, :1]), across[:, :1].square() + down[:, :1].square()
+    for channel in range(1, across.shape[1]):
+        mine = across[:, channel, None], down[:, channel, None]
+        strength = mine[0].square() + mine[1].square()
+        stronger = strength > best
+        found = torch.where(stronger, mine[0], found[0]), torch.where(stronger, mine[1], found[1])
+        best = torch.where(stronger, strength, best)
+    return found
 
 
 def _windows(count: int, size: int, sigma: float, like: Tensor) -> Tensor:
