@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from anomaly_vae.regions import regions_json as regions_json
     from anomaly_vae.rendering import heatmap_png as heatmap_png
     from anomaly_vae.spec import Spec as Spec
+    from anomaly_vae.spec import dump_yaml as dump_yaml
     from anomaly_vae.spec import override as override
     from anomaly_vae.spec import parse_yaml as parse_yaml
     from anomaly_vae.spec import read_yaml as read_yaml
@@ -48,6 +49,7 @@ _HOME = {
     "Spec": "spec",
     "TrainingError": "errors",
     "VAEOutlierDetector": "estimator",
+    "dump_yaml": "spec",
     "heatmap_png": "rendering",
     "override": "spec",
     "parse_yaml": "spec",

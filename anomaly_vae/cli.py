@@ -281,6 +281,18 @@ def serve(
     _service_command("serve")(bundle, config, host, port, device, override or [])
 
 
+def keys(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="File of keys, for -o keys=FILE of serve.")],
+    add: Annotated[str | None, typer.Option(metavar="NAME", help="Make a key for NAME and show it, once.")] = None,
+    role: Annotated[str, typer.Option(help="score, read or admin: what a new key may do.")] = "score",
+    source: Annotated[str | None, typer.Option(help="What a new key's pictures are counted under.")] = None,
+    days: Annotated[float | None, typer.Option(help="A new key ends after so many days.")] = None,
+    remove: Annotated[str | None, typer.Option(metavar="ID", help="Remove the key with this id.")] = None,
+) -> None:
+    """Make, list or remove the keys of a service; a running one sees the change within a second."""
+    _service_command("keys")(path, add, role, source, days, remove)
+
+
 def demo(
     check: Annotated[bool, typer.Option(help="Exit after the demo, non-zero if anything falls short.")] = False,
     folder: Annotated[Path, typer.Option(help="Where the demo's pictures and bundle go.")] = Path(".demo"),
@@ -311,6 +323,7 @@ for _command in (
     cli_looking.explore,
     cli_looking.classify,
     serve,
+    keys,
     cli_looking.info,
     cli_looking.check,
     demo,

@@ -13,13 +13,22 @@ from typing import Any
 from flask import Blueprint, Flask, Response, g, request
 from werkzeug.exceptions import HTTPException
 
+from service.access import guard, needs
 from service.errors import Problem
+from service.keys import Keyring, Role
 from service.metrics import Metrics
 from service.scoring import Heat, Scorer, Verdict
 from service.settings import ServiceSettings
-from service.uploads import Upload, read_body, uploads
+from service.uploads import Upload, discard_body, read_body, uploads
 
 MAX_DEADLINE_MS = 600_000
+_REASONS = {
+    HTTPStatus.BAD_REQUEST: "bad_request",
+    HTTPStatus.UNSUPPORTED_MEDIA_TYPE: "bad_request",
+    HTTPStatus.UNAUTHORIZED: "no_access",
+    HTTPStatus.FORBIDDEN: "no_access",
+}
+"""Under which reason the refusal of a whole request is counted."""
 
 USAGE = """anomaly-vae: is this picture like the normal ones? Model {name}, version {version}.
 
@@ -38,16 +47,19 @@ def api(scorer: Scorer, settings: ServiceSettings, metrics: Metrics) -> Blueprin
     model = {"name": scorer.name, "version": scorer.detector.version}
 
     @pages.get("/")
+    @needs(None)
     def usage() -> Response:
         return Response(USAGE.format(url=request.url_root, **model), mimetype="text/plain")
 
     @pages.get("/v1/models")
+    @needs(Role.SCORE)
     def models() -> Response:
         detector = scorer.detector
         image = detector.image.model_dump(mode="json")
         return _json({"models": [{**model, "policy": asdict(detector.policy), "image": image}]})
 
     @pages.post("/v1/score")
+    @needs(Role.SCORE)
     def score() -> Response:
         heat = _heat_wanted()
         deadline = g.started + _deadline_ms(settings.deadline_ms) / 1000
@@ -55,19 +67,22 @@ def api(scorer: Scorer, settings: ServiceSettings, metrics: Metrics) -> Blueprin
         body = read_body(request.environ, settings.max_request_bytes)
         files = uploads(body, request.content_type, settings.max_images_per_request)
         metrics.stage("read", time.monotonic() - started)
-        outcomes = scorer.score(files, deadline=deadline, heat=heat)
+        outcomes = scorer.score(files, deadline=deadline, heat=heat, source=g.key.source if g.key else None)
         return _scored(model, files, outcomes)
 
     return pages
 
 
-def install(app: Flask, metrics: Metrics) -> None:
-    """Number, time and count every request of `app`, and let no error leave it in any other shape than JSON."""
+def install(app: Flask, metrics: Metrics, keyring: Keyring | None = None) -> None:
+    """Number, time and count every request of `app`, ask for its key where there is a keyring, and let no error leave
+    it in any other shape than JSON."""
 
     @app.before_request
     def begin() -> None:
         g.started = time.monotonic()
         g.request_id = _request_id()
+
+    guard(app, keyring)
 
     @app.after_request
     def end(response: Response) -> Response:
@@ -79,10 +94,10 @@ def install(app: Flask, metrics: Metrics) -> None:
 
     @app.errorhandler(Problem)
     def refuse(problem: Problem) -> Response:
-        if problem.code == "too_large":
-            metrics.rejected("too_large")
-        elif problem.status in {HTTPStatus.BAD_REQUEST, HTTPStatus.UNSUPPORTED_MEDIA_TYPE}:
-            metrics.rejected("bad_request")
+        reason = "too_large" if problem.code == "too_large" else _REASONS.get(problem.status)
+        if reason:
+            metrics.rejected(reason)
+        discard_body(request.environ)
         return _error(problem)
 
     @app.errorhandler(HTTPException)

@@ -56,9 +56,11 @@ def create_app(
 
     from service.api import api, install
     from service.health import Readiness, health_pages
+    from service.keys import Keyring
     from service.metrics import Metrics
     from service.scoring import Scorer
 
+    keyring = Keyring(settings.keys) if settings.keys else None
     stands = readiness or Readiness()
     registry = registry or CollectorRegistry()
     metrics = Metrics(registry, settings.source)
@@ -70,7 +72,7 @@ def create_app(
     scorer = Scorer(load, settings.model or name, settings, metrics, lost)
     app = Flask("service", static_folder=None)
     app.url_map.strict_slashes = False
-    install(app, metrics)
+    install(app, metrics, keyring)
     app.register_blueprint(api(scorer, settings, metrics))
     app.register_blueprint(health_pages(stands, registry))
     app.extensions["scorer"] = scorer
@@ -105,6 +107,8 @@ def serve(bundle: Path, settings: "ServiceSettings") -> None:
                 respawn_failed_workers=True,
                 workers_kill_timeout=math.ceil(settings.drain_seconds),
                 log_level=LogLevels.error,
+                ssl_cert=settings.tls_certificate,
+                ssl_key=settings.tls_key,
             )
             code = _until_stopped(server, partial(_load, place, lifeline, held, report))
     if told.poll():
@@ -147,6 +151,12 @@ class Place:
     def url(self, port: int) -> str:
         host = self.settings.host
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    @property
+    def address(self) -> str:
+        """Where the service answers."""
+        url = self.url(self.port)
+        return url.replace("http:", "https:", 1) if self.settings.tls_certificate else url
 
 
 def _until_stopped(server: Any, loader: Callable[[], "Flask"]) -> int:
@@ -312,7 +322,7 @@ def _announce(place: Place, scorer: "Scorer", readiness: "Readiness") -> None:
 
 
 def _welcome(place: Place, scorer: "Scorer") -> str:
-    policy, url = scorer.detector.policy, place.url(place.port)
+    policy, url = scorer.detector.policy, place.address
     return f"""ready: model {scorer.name}, version {scorer.detector.version}
   address  {url}
   try      curl -F file=@picture.jpg {url}/v1/score

@@ -14,6 +14,9 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from flask import Blueprint, Flask, Response, jsonify
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
+from service.access import needs
+from service.keys import Role
+
 State = Literal["loading", "ready", "draining", "failed"]
 
 
@@ -41,17 +44,20 @@ def health_pages(readiness: Readiness, registry: CollectorRegistry) -> Blueprint
 
     @pages.get("/v2/health/live")
     @pages.get("/live")
+    @needs(None)
     def live() -> Response:
         return jsonify(live=True)
 
     @pages.get("/v2/health/ready")
     @pages.get("/ready")
+    @needs(None)
     def ready() -> tuple[Response, HTTPStatus]:
         state = readiness.state
         status = HTTPStatus.OK if state == "ready" else HTTPStatus.SERVICE_UNAVAILABLE
         return jsonify(ready=state == "ready", state=state), status
 
     @pages.get("/metrics")
+    @needs(Role.READ)
     def metrics() -> Response:
         return Response(generate_latest(registry), content_type=CONTENT_TYPE_LATEST)
 

@@ -1,6 +1,7 @@
 """`Metrics`: what Prometheus sees, on a registry that is handed in; every label has few values, all known here."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
@@ -10,7 +11,17 @@ P_VALUES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6,
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 STAGES = ("read", "decode", "queue", "judge", "draw")
 # Why a picture or a request got no score: refusals of the queue first, then what went wrong afterwards.
-REJECTIONS = ("queue_full", "deadline", "draining", "failed", "too_large", "bad_request", "bad_image", "unscorable")
+REJECTIONS = (
+    "queue_full",
+    "deadline",
+    "draining",
+    "failed",
+    "too_large",
+    "bad_request",
+    "bad_image",
+    "unscorable",
+    "no_access",
+)
 
 
 class Metrics:
@@ -60,12 +71,20 @@ class Metrics:
 
     def announce_model(self, model: str, version: str, expected_outlier_ratio: float) -> None:
         """Name the model in force; its counters start at 0 so that the first outlier is a visible increase."""
-        self._labels = {"model": model, "version": version, "source": self._source}
-        self._scored_now = self._scored.labels(**self._labels)
-        self._outliers_now = self._outliers.labels(**self._labels)
-        self._p_values_now = self._p_values.labels(**self._labels)
-        self._expected.labels(**self._labels).set(expected_outlier_ratio)
+        self._model, self._ratio = (model, version), expected_outlier_ratio
+        self._sources: dict[str, _OfSource] = {}
+        self._of(self._source)
         self._info.labels(model, version).set(1)
+
+    def _of(self, source: str) -> "_OfSource":
+        """The counters of one source; there are as many as the operator named, in keys and settings."""
+        if source not in self._sources:
+            labels = (*self._model, source)
+            self._expected.labels(*labels).set(self._ratio)
+            self._sources[source] = _OfSource(
+                self._scored.labels(*labels), self._outliers.labels(*labels), self._p_values.labels(*labels)
+            )
+        return self._sources[source]
 
     def watch_queue(self, depth: Callable[[], float], oldest_seconds: Callable[[], float]) -> None:
         """Read the queue when scraped."""
@@ -91,11 +110,22 @@ class Metrics:
 
     def verdicts(self) -> int:
         """How many pictures were scored under the model in force."""
-        return int(self.registry.get_sample_value("anomaly_images_scored_total", self._labels) or 0)
+        named = ("model", "version", "source")
+        of_sources = (dict(zip(named, (*self._model, source), strict=True)) for source in list(self._sources))
+        return sum(
+            int(self.registry.get_sample_value("anomaly_images_scored_total", labels) or 0) for labels in of_sources
+        )
 
-    def verdict(self, p_value: float, outlier: bool) -> None:
-        """One picture scored under the policy in force."""
-        self._scored_now.inc()
-        self._p_values_now.observe(p_value)
+    def verdict(self, p_value: float, outlier: bool, source: str | None = None) -> None:
+        """One picture scored under the policy in force; `source`: where it came from, if the key told."""
+        counted = self._of(source or self._source)
+        counted.scored.inc()
+        counted.p_values.observe(p_value)
         if outlier:
-            self._outliers_now.inc()
+            counted.outliers.inc()
+
+
+class _OfSource(NamedTuple):
+    scored: Counter
+    outliers: Counter
+    p_values: Histogram

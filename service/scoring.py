@@ -85,8 +85,12 @@ class Scorer:
         image = engine.detector.image
         return engine.judge, torch.zeros((image.channels, image.height, image.width), dtype=torch.uint8)
 
-    def score(self, files: Sequence[Upload], *, deadline: float, heat: Heat) -> list[Verdict | Problem]:
-        """One outcome a file, in order; `deadline` is a `time.monotonic()`. Raises `Problem` if all are refused.
+    def score(
+        self, files: Sequence[Upload], *, deadline: float, heat: Heat, source: str | None = None
+    ) -> list[Verdict | Problem]:
+        """One outcome a file, in order; raises `Problem` if all are refused.
+
+        `deadline` is a `time.monotonic()`, `source` what the pictures are counted under.
 
         Several files share the bulk lane, so that a large request does not delay the single pictures of others.
         """
@@ -96,7 +100,7 @@ class Scorer:
                 for file in files:  # one by one: what is queued when a later one fails must be known
                     tickets.append(self._submit(places, file.data, deadline, heat != "none"))  # noqa: PERF401
             pairs = zip(tickets, files, strict=True)
-            return [self._outcome(ticket, file.data, deadline, heat == "png") for ticket, file in pairs]
+            return [self._outcome(ticket, file.data, deadline, heat == "png", source) for ticket, file in pairs]
         except BaseException:
             for ticket in tickets:
                 if isinstance(ticket, Ticket):
@@ -135,7 +139,9 @@ class Scorer:
             return late
         return places.submit(image, heatmap=heatmap)
 
-    def _outcome(self, ticket: Ticket | Problem, data: bytes, deadline: float, draw: bool) -> Verdict | Problem:
+    def _outcome(
+        self, ticket: Ticket | Problem, data: bytes, deadline: float, draw: bool, source: str | None
+    ) -> Verdict | Problem:
         if isinstance(ticket, Problem):
             return ticket
         try:
@@ -152,7 +158,7 @@ class Scorer:
             return late
         self._metrics.stage("queue", scored.queued_seconds)
         self._metrics.stage("judge", scored.judge_seconds)
-        self._metrics.verdict(row["p_value"], row["outlier"])
+        self._metrics.verdict(row["p_value"], row["outlier"], source)
         return Verdict(row, drawn)
 
     def _timed(self, stage: str, deadline: float, work: Callable[[], _T]) -> _T:

@@ -22,6 +22,9 @@ class ServiceSettings(Spec):
     port: int = Field(default=8765, ge=0, le=65535)
     health_port: int | None = Field(default=None, ge=0, le=65535)
     allow_remote: bool = False
+    keys: Path | None = None
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
 
     model: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     source: str = Field(default="default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
@@ -59,11 +62,14 @@ class ServiceSettings(Spec):
             )
         if self.health_port is not None and self.health_port == self.port != 0:
             raise ValueError(f"health_port and port are both {self.port}; leave health_port out for the next one")
-        if not self.allow_remote and not _is_loopback(self.host):
+        if not self.allow_remote and self.keys is None and not _is_loopback(self.host):
             raise ValueError(
                 f"host {self.host} can be reached from other machines, and the service asks nobody for a key; "
-                "keep 127.0.0.1, or pass -o allow_remote=true when a proxy or firewall guards it"
+                "keep 127.0.0.1, make keys (anomaly-vae keys FILE --add NAME) and pass -o keys=FILE, "
+                "or pass -o allow_remote=true when a proxy or firewall guards it"
             )
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key belong together; give both or none")
         return self
 
     @classmethod

@@ -124,6 +124,14 @@ def _chunks(environ: dict[str, Any], limit: int) -> Iterator[bytes]:
         raise Problem(HTTPStatus.BAD_REQUEST, "incomplete_body", "the connection broke inside the body") from None
 
 
+def discard_body(environ: dict[str, Any]) -> None:
+    """Read what is left of the body of a request that is refused, so that the client gets to see the answer."""
+    waits = environ.get("HTTP_EXPECT", "").lower() == "100-continue"
+    sends = environ.get("CONTENT_LENGTH") or "chunked" in environ.get("HTTP_TRANSFER_ENCODING", "").lower()
+    if sends and not waits:
+        _discard(environ, DISCARDED)
+
+
 def _discard(environ: dict[str, Any], limit: int) -> None:
     for _ in _chunks(environ, limit):
         pass

@@ -59,8 +59,9 @@ LIBRARY = [
 ]
 SERVICE = [
     {"errors", "settings"},
-    {"batching", "metrics", "uploads"},
-    {"scoring", "health"},
+    {"batching", "metrics", "uploads", "keys"},
+    {"scoring", "access", "keys_command"},
+    {"health"},
     {"api"},
     {"app", "demo"},
 ]
