@@ -287,10 +287,12 @@ def keys(
     role: Annotated[str, typer.Option(help="score, read or admin: what a new key may do.")] = "score",
     source: Annotated[str | None, typer.Option(help="What a new key's pictures are counted under.")] = None,
     days: Annotated[float | None, typer.Option(help="A new key ends after so many days.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Requests a second that a new key may make.")] = None,
+    megabytes: Annotated[float | None, typer.Option(help="Megabytes that its unanswered requests may hold.")] = None,
     remove: Annotated[str | None, typer.Option(metavar="ID", help="Remove the key with this id.")] = None,
 ) -> None:
     """Make, list or remove the keys of a service; a running one sees the change within a second."""
-    _service_command("keys")(path, add, role, source, days, remove)
+    _service_command("keys")(path, add, role, source, days, rate, megabytes, remove)
 
 
 def demo(

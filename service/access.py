@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from flask import Flask, Response, g, request
 
+from service.allowance import Allowance
 from service.errors import Problem
 from service.keys import Key, Keyring, Role
 
@@ -22,17 +23,29 @@ def needs(role: Role | None) -> Callable[[_View], _View]:
     return mark
 
 
-def guard(app: Flask, keyring: Keyring | None) -> None:
-    """Let each request pass only with a key for it; `g.key` is that key. Without a keyring everybody may do all."""
+def guard(app: Flask, keyring: Keyring | None, most_bytes: int) -> None:
+    """Let each request pass only with a key for it, and as often as that may; `g.key` is that key.
+
+    Without a keyring everybody may do all. A body of unknown length counts as `most_bytes`.
+    """
+
+    allowance = Allowance()
 
     @app.before_request
     def check() -> None:
-        g.key = None
+        g.key = g.taken = None
         if keyring is None or request.endpoint is None:
             return
         role: Role | None = getattr(app.view_functions[request.endpoint], "role", Role.ADMIN)
         if role is not None:
-            g.key = _admitted(keyring, role)
+            key, size = _admitted(keyring, role), _announced(most_bytes)
+            allowance.take(key, size)
+            g.key, g.taken = key, size
+
+    @app.teardown_request
+    def done(_: BaseException | None) -> None:
+        if g.get("taken") is not None:
+            allowance.give_back(g.key, g.taken)
 
     @app.after_request
     def say_how(response: Response) -> Response:
@@ -55,6 +68,13 @@ def _admitted(keyring: Keyring, role: Role) -> Key:
         message = f"the key {key.name} has the role {has}, and this needs {wanted}; ask for another key"
         raise Problem(HTTPStatus.FORBIDDEN, "forbidden", message)
     return key
+
+
+def _announced(most: int) -> int:
+    """Bytes of the body, as far as its header tells."""
+    if "chunked" in request.headers.get("Transfer-Encoding", "").casefold():
+        return most
+    return min(request.content_length or 0, most)
 
 
 def _presented() -> str | None:

@@ -28,7 +28,8 @@ _REASONS = {
     HTTPStatus.UNAUTHORIZED: "no_access",
     HTTPStatus.FORBIDDEN: "no_access",
 }
-"""Under which reason the refusal of a whole request is counted."""
+_REASONS_BY_CODE = {"too_large": "too_large", "rate_limited": "rate_limited", "too_many_bytes": "rate_limited"}
+"""Under which reason the refusal of a whole request is counted; the queue's own are counted where they are made."""
 
 USAGE = """anomaly-vae: is this picture like the normal ones? Model {name}, version {version}.
 
@@ -73,7 +74,7 @@ def api(scorer: Scorer, settings: ServiceSettings, metrics: Metrics) -> Blueprin
     return pages
 
 
-def install(app: Flask, metrics: Metrics, keyring: Keyring | None = None) -> None:
+def install(app: Flask, metrics: Metrics, keyring: Keyring | None, most_bytes: int) -> None:
     """Number, time and count every request of `app`, ask for its key where there is a keyring, and let no error leave
     it in any other shape than JSON."""
 
@@ -82,7 +83,7 @@ def install(app: Flask, metrics: Metrics, keyring: Keyring | None = None) -> Non
         g.started = time.monotonic()
         g.request_id = _request_id()
 
-    guard(app, keyring)
+    guard(app, keyring, most_bytes)
 
     @app.after_request
     def end(response: Response) -> Response:
@@ -94,7 +95,7 @@ def install(app: Flask, metrics: Metrics, keyring: Keyring | None = None) -> Non
 
     @app.errorhandler(Problem)
     def refuse(problem: Problem) -> Response:
-        reason = "too_large" if problem.code == "too_large" else _REASONS.get(problem.status)
+        reason = _REASONS_BY_CODE.get(problem.code) or _REASONS.get(problem.status)
         if reason:
             metrics.rejected(reason)
         discard_body(request.environ)

@@ -72,7 +72,7 @@ def create_app(
     scorer = Scorer(load, settings.model or name, settings, metrics, lost)
     app = Flask("service", static_folder=None)
     app.url_map.strict_slashes = False
-    install(app, metrics, keyring)
+    install(app, metrics, keyring, settings.max_request_bytes)
     app.register_blueprint(api(scorer, settings, metrics))
     app.register_blueprint(health_pages(stands, registry))
     app.extensions["scorer"] = scorer

@@ -35,7 +35,10 @@ class Role(IntEnum):
 
 
 class Key(Spec):
-    """One line of the file. `source` is what its pictures are counted under; null: the service's own."""
+    """One line of the file. `source` is what its pictures are counted under; null: the service's own.
+
+    `requests_per_second` and `bytes_in_hand` (of the bodies of all its unanswered requests) are bounds; null: none.
+    """
 
     id: str = Field(pattern=r"^[0-9a-f]{8}$")
     name: str = Field(pattern=_NAME)
@@ -44,6 +47,8 @@ class Key(Spec):
     source: str | None = Field(None, pattern=_NAME)
     created: datetime
     expires: datetime | None = None
+    requests_per_second: float | None = Field(None, gt=0)
+    bytes_in_hand: int | None = Field(None, ge=1)
 
     @field_validator("role", mode="before")
     @classmethod
@@ -98,8 +103,11 @@ class KeyFile(Spec):
             raise ConfigError(f"cannot write the keys {path}: {error.strerror}; choose another place") from None
 
 
-def made(name: str, role: Role, source: str | None = None, days: float | None = None) -> tuple[Key, str]:
-    """A new key, and what its owner sends: the only time that it is known."""
+def made(
+    name: str, role: Role, source: str | None = None, days: float | None = None, **bounds: float | None
+) -> tuple[Key, str]:
+    """A new key, within `bounds` (`requests_per_second`, `bytes_in_hand`), and what its owner sends: the only time that
+    it is known."""
     number, secret, now = secrets.token_hex(4), secrets.token_urlsafe(32), datetime.now(UTC).replace(microsecond=0)
     key = Key.parse(
         {
@@ -110,6 +118,7 @@ def made(name: str, role: Role, source: str | None = None, days: float | None = 
             "source": source,
             "created": now,
             "expires": None if days is None else now + timedelta(days=days),
+            **bounds,
         },
         "the key",
     )

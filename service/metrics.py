@@ -21,6 +21,7 @@ REJECTIONS = (
     "bad_image",
     "unscorable",
     "no_access",
+    "rate_limited",
 )
 
 

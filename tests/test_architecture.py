@@ -60,7 +60,8 @@ LIBRARY = [
 SERVICE = [
     {"errors", "settings"},
     {"batching", "metrics", "uploads", "keys"},
-    {"scoring", "access", "keys_command"},
+    {"scoring", "allowance", "keys_command"},
+    {"access"},
     {"health"},
     {"api"},
     {"app", "demo"},

@@ -22,7 +22,9 @@ from anomaly_vae.cli import main
 from anomaly_vae.images import encode_png
 from service import keys as keys_module
 from service.access import needs
+from service.allowance import Allowance
 from service.api import install
+from service.errors import Problem
 from service.keys import KeyFile, Keyring, Role, made
 from service.metrics import Metrics
 from service.settings import ServiceSettings
@@ -45,7 +47,7 @@ def ring(tmp_path):
 def client(ring):
     app = Flask("guarded")
     metrics = Metrics(CollectorRegistry())
-    install(app, metrics, ring[0])
+    install(app, metrics, ring[0], 1000)
 
     @app.get("/open")
     @needs(None)
@@ -114,6 +116,45 @@ def test_a_refusal_reads_the_body_first(client):
     answer = client.post("/unmarked", input_stream=body, content_length=3_000_000)
     assert answer.status_code == 401
     assert body.tell() == 3_000_000
+
+
+def test_a_key_may_ask_so_often_and_hold_so_much():
+    now = [100.0]
+    allowance = Allowance(lambda: now[0])
+    key, _ = made("a", Role.SCORE, requests_per_second=4.0, bytes_in_hand=1000)
+    free, _ = made("b", Role.SCORE)
+    for _ in range(4):
+        allowance.take(key, 0)
+    with pytest.raises(Problem, match="4 requests a second") as refused:
+        allowance.take(key, 0)
+    assert (refused.value.status, refused.value.code) == (429, "rate_limited")
+    assert refused.value.retry_after == pytest.approx(0.25)
+    now[0] += 0.25
+    allowance.take(key, 700)
+    now[0] += 10
+    with pytest.raises(Problem, match="in hand") as refused:
+        allowance.take(key, 400)
+    assert refused.value.status == 429
+    with pytest.raises(Problem, match="fewer pictures") as refused:
+        allowance.take(key, 1001)
+    assert refused.value.status == 413
+    allowance.give_back(key, 700)
+    allowance.take(key, 1000)
+    for _ in range(1000):
+        allowance.take(free, 10**9)
+
+
+def test_bounds_of_a_key_hold_over_http_and_are_given_back(client, ring, tmp_path):
+    key, secret = made("slow", Role.ADMIN, requests_per_second=2.0, bytes_in_hand=500)
+    KeyFile(keys=(key,)).write(tmp_path / "keys.yaml")
+    ring[0]._looked = 0.0
+    headers = {"Authorization": f"Bearer {secret}"}
+    answers = [client.post("/unmarked", data=b"x" * 400, headers=headers) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200, 200, 429]
+    assert answers[2].headers["Retry-After"] == "1"
+    assert answers[2].get_json()["error"]["code"] == "rate_limited"
+    time.sleep(0.6)
+    assert client.post("/unmarked", data=b"x" * 600, headers=headers).get_json()["error"]["code"] == "too_large"
 
 
 def test_a_changed_file_is_seen(ring, tmp_path, monkeypatch):
@@ -199,6 +240,7 @@ def test_the_command_makes_lists_and_removes(tmp_path, monkeypatch, capsys):
         (["--remove", "12345678"], "no such key"),
         (["--add", "a b"], "name"),
         (["--add", "a", "--days", "-1"], "above 0"),
+        (["--add", "a", "--rate", "0"], "above 0"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, words):
