@@ -9,6 +9,7 @@ from anomaly_vae.calibration import Calibration
 from anomaly_vae.data import Pictures, folds, split
 from anomaly_vae.recipe import DetectorSpec
 from anomaly_vae.seeds import seed_of
+from anomaly_vae.surveying import spread
 
 Indices = npt.NDArray[np.int64]
 
@@ -63,6 +64,15 @@ def _fit_share(spec: DetectorSpec, rest: Indices, unit: Indices, seed: int) -> I
     # Calibration needs whole groups; references do not, and one group may be half of what there is to train on.
     whole = len(np.unique(unit)) >= 2 * shares
     return folds(rest, unit if whole else None, shares, seed)[0]
+
+
+def references_of(part: Part, pictures: Pictures, most: int) -> Indices:
+    """Training pictures that may serve as references beside those for fitting, at most so many, evenly spaced.
+
+    None of a group of which there are pictures for fitting: what these are like would be told by their own siblings.
+    """
+    apart = part.train[~np.isin(pictures.units[part.train], pictures.units[part.fit])]
+    return np.array(spread(apart.tolist(), most), np.int64)
 
 
 def made_from(parts: list[Part]) -> Indices:

@@ -333,8 +333,8 @@ def _make_reader(
 
 
 def _shown(images: Tensor, chosen: Indices) -> Batches:
-    some = images[torch.from_numpy(chosen)]
-    return lambda: (Batch(batch) for batch in _batches(some))
+    rows = torch.from_numpy(chosen)
+    return lambda: (Batch(images[some]) for some in torch.split(rows, _batch_size(images)))
 
 
 def _scores(spec: DetectorSpec, reader: _Reader, rows: Array) -> Floats:
@@ -372,6 +372,9 @@ def _check_suits(spec: DetectorSpec, features: bool) -> None:
         raise ConfigError(
             f"model.likelihood.kind={spec.model.likelihood.kind} is for pictures; use gaussian or laplace"
         )
+    looking = next((score.kind for score in spec.scores if score.of_pictures), None)
+    if features and looking is not None:
+        raise ConfigError(f"scores: {looking} looks at pictures, and these rows are features; remove it")
     if features and spec.objective.loss.kind == "bce":
         raise ConfigError("objective.loss.kind=bce is for pictures; use nll, mse or mae for standardised features")
 

@@ -18,6 +18,7 @@ from anomaly_vae.score_base import of_classes
 from anomaly_vae.scores import ScoreSpec, measure
 
 Floats = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.int64]
 OfScores = dict[str, dict[str, Tensor]]
 
 
@@ -45,6 +46,7 @@ _HEAT_PIXELS = 500
 """So many pixels of each image tell the quantile as well as all of them, and fit in memory however many images."""
 
 _FOLDS = 5
+_SAMPLE_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -151,30 +153,36 @@ def enlarged(heat: Tensor, images: Tensor) -> Tensor:
 class Sample:
     """Statistics of images (n, ...) with the number of the picture that each is of.
 
-    Of more pictures than twice `most` every second is dropped, as often as it takes: however many there are, what is
-    kept fits in memory and is spread evenly.
+    Of many more than `most`, or more than fit in 256 MiB, half are dropped as often as it takes, by a hash of their
+    numbers: a regular step would drop the same tile of every picture.
     """
 
     def __init__(self, most: int | None) -> None:
-        self.most, self.every, self.count = most, 1, 0
-        self.parts: list[tuple[npt.NDArray[np.int64], Floats]] = []
+        self.most, self.share, self.seen, self.kept = most, 1.0, 0, 0
+        self.parts: list[tuple[Indices, Indices, Floats]] = []
 
-    def add(self, pictures: npt.NDArray[np.int64], rows: Floats) -> None:
+    def add(self, pictures: Indices, rows: Floats) -> None:
         """Rows, and the numbers of their pictures."""
-        self.parts.append(self._thinned(pictures, rows))
-        self.count += len(self.parts[-1][0])
-        if self.most is not None and self.count > 2 * self.most:
-            self.every *= 2
+        numbers = np.arange(self.seen, self.seen + len(rows))
+        self.seen += len(rows)
+        self.parts.append(self._thinned(numbers, pictures, rows))
+        self.kept += len(self.parts[-1][0])
+        if self.most is None:
+            return
+        most = max(1, min(self.most, _SAMPLE_BYTES // max(rows[:1].nbytes, 1)))
+        while self.kept > 2 * most:
+            self.share /= 2
             self.parts = [self._thinned(*part) for part in self.parts]
-            self.count = sum(len(numbers) for numbers, _ in self.parts)
+            self.kept = sum(len(part[0]) for part in self.parts)
 
-    def _thinned(self, pictures: npt.NDArray[np.int64], rows: Floats) -> tuple[npt.NDArray[np.int64], Floats]:
-        keep = pictures % self.every == 0
-        return pictures[keep], rows[keep]
+    def _thinned(self, numbers: Indices, pictures: Indices, rows: Floats) -> tuple[Indices, Indices, Floats]:
+        # Knuth's multiplicative hash: the first number is always kept.
+        keep = numbers * 2654435761 % 2**32 < self.share * 2**32
+        return numbers[keep], pictures[keep], rows[keep]
 
     def rows(self, leave_out: int | None) -> Floats:
         """All rows, or all but those of one fold (the picture's number modulo `_FOLDS`)."""
-        pictures, rows = (np.concatenate(values) for values in zip(*self.parts, strict=True))
+        pictures, rows = (np.concatenate([part[k] for part in self.parts]) for k in (1, 2))
         keep = pictures % _FOLDS != leave_out
         return np.asarray(rows[keep] if keep.any() else rows)
 
@@ -190,7 +198,7 @@ def _statistics(scores: Sequence[ScoreSpec], model: AutoEncoder, batches: Batche
             statistic = score.statistic(seen)
             if statistic is not None:
                 sample = found.setdefault(score.column, Sample(score.shown))
-                sample.add(pictures, statistic.double().cpu().numpy())
+                sample.add(pictures, statistic.cpu().numpy())
         before += len(batch.images)
     return found
 
@@ -210,6 +218,7 @@ def _fitted(
             rows = statistics[score.column].rows(leave_out)
             if score.column in more:
                 rows = np.concatenate([rows, more[score.column].rows(None)])
+            rows = rows if score.untaught else rows.astype(np.float64)
             fitted[score.column] = {
                 name: torch.from_numpy(value).to(model.device) for name, value in score.fit(rows).items()
             }

@@ -17,17 +17,20 @@ _WEAK = 1e-3
 
 
 def grid_of(x: Tensor, cells: int) -> Grid:
-    """Rows and columns of nearly square cells over images (B, C, H, W), `cells` of them along the shorter side."""
+    """Rows and columns of cells over images (B, C, H, W), `cells` of them along the shorter side.
+
+    They are nearly square up to a ratio of 4 : 1; beyond, there are no more of them.
+    """
     height, width = x.shape[2:]
     cell = min(height, width) / cells
-    return round(height / cell), round(width / cell)
+    return min(round(height / cell), 4 * cells), min(round(width / cell), 4 * cells)
 
 
 def oriented(x: Tensor, orientations: int) -> Tensor:
     """Strength of the gradient of pictures (B, C, H, W) towards each of so many directions, (B, orientations, H, W).
 
-    Direction k points k / orientations of a turn from the right downwards; one between two counts for both. Of colours
-    the strongest counts.
+    Direction k points k / orientations of a turn from the right downwards; a gradient counts for all within a right
+    angle of its own, by the squared cosine. Of colours the strongest counts.
     """
     padded = F.pad(_smoothed(x), (1, 1, 1, 1), mode="replicate")
     across = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) / 2

@@ -26,7 +26,7 @@ class Score(Spec):
     """Base: `kind` names the column, or `name` where a kind stands twice; `log_scale` says that its logarithm is the
     natural scale for fusing.
 
-    `untaught`: what it fits owes nothing to the model, so it may fit the training pictures too, which are more.
+    `untaught`: it asks the pictures alone, not the model, so it may fit the training pictures too, which are more.
     `is_log_likelihood`: minus the score is a log-likelihood in nats, up to what does not depend on the class.
     `offline`: it costs far too much for a service that answers while somebody waits. `of_pictures`: it takes what the
     model sees for a picture in [0, 1].

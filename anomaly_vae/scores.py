@@ -125,6 +125,8 @@ def measure(score: Score, seen: Seen, references: References) -> Tensor:
     """
     if isinstance(seen, Observation):
         return score(seen, references)
+    if score.untaught:
+        return score(seen.of_classes[0], references)
     of_classes = [score(one, references) for one in seen.of_classes]
     if score.is_log_likelihood:
         return math.log(len(of_classes)) - (-torch.stack(of_classes)).logsumexp(0)
@@ -135,5 +137,7 @@ def measure_map(score: Score, seen: Seen, references: References) -> Tensor | No
     """The score's map, shape (B, H, W), the mean under p(class given x) where the class is not known; None if none."""
     if isinstance(seen, Observation):
         return score.map(seen, references)
+    if score.untaught:
+        return score.map(seen.of_classes[0], references)
     maps = [found for one in seen.of_classes if (found := score.map(one, references)) is not None]
     return seen.mean(maps) if maps else None

@@ -16,7 +16,7 @@ from anomaly_vae.oriented_gradients import Grid, grid_of, oriented, windowed
 from anomaly_vae.score_base import Array, Fitted, References, Score
 
 _PIXELS = 4
-"""Pixels of a cell's side; the picture is shrunk to that."""
+"""Pixels of a cell's side; the picture is brought to that."""
 _REACH = 1.9
 """Pixels: the standard deviation of a cell's window, which overlaps with the next, so that a shift changes little."""
 _WEAK = 1e-3
@@ -29,7 +29,7 @@ class UnfamiliarShape(Score):
 
     Gradients fall into `cells` along the shorter side and `orientations` of 360 degrees; of colours the strongest
     counts. `ridge` holds the nearest point of the plane near the neighbours' mean. Between 0 and about 1, whatever the
-    picture's contrast. At most `kept` normals are kept, evenly spaced, by their first `directions` principal
+    picture's contrast. At most `kept` normals are kept, drawn at random, by their first `directions` principal
     components; what of a picture lies across these counts in full. The map is each cell's part in the distance.
     Cost: no pass of the model; a product with each kept normal, in float64.
     """
@@ -38,7 +38,7 @@ class UnfamiliarShape(Score):
     of_pictures: ClassVar[bool] = True
     untaught: ClassVar[bool] = True
     cells: int = Field(7, ge=1, le=64)
-    orientations: int = Field(8, ge=2, le=64)
+    orientations: int = Field(8, ge=4, le=64)
     neighbours: int = Field(10, ge=1, le=1000)
     ridge: float = Field(1.0, gt=0, le=1000)
     directions: int = Field(96, ge=1, le=4096)
@@ -58,13 +58,14 @@ class UnfamiliarShape(Score):
         return F.interpolate(cells[:, None], seen.x.shape[2:], mode="bilinear", align_corners=False)[:, 0]
 
     def statistic(self, seen: Seen) -> Tensor:
-        # The same under every class.
-        return self._outlines(seen if isinstance(seen, Observation) else seen.of_classes[0])
+        # The same under every class. In float32, since there may be many.
+        return self._outlines(seen if isinstance(seen, Observation) else seen.of_classes[0]).float()
 
     def fit(self, statistics: Array) -> Fitted:
         from sklearn.decomposition import PCA
 
-        rows = statistics[:: -(-len(statistics) // self.kept)]
+        chosen = np.random.default_rng(0).permutation(len(statistics))[: self.kept]
+        rows = statistics[np.sort(chosen)]
         # The estimator wants two rows.
         rows = np.concatenate([rows, rows]) if len(rows) < 2 else rows
         found = PCA(min(self.directions, *rows.shape), random_state=0)

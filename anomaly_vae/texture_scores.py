@@ -24,7 +24,8 @@ _LEVEL = 0.05
 """Directions with less than this share of the largest deviation are not magnified to count as much as it."""
 _NEIGHBOURHOOD = 3
 _SHOWN = 1024
-"""So many pictures have all the patches that are wanted."""
+"""So many pictures or tiles have all the patches that are wanted."""
+_AT_ONCE = 4096
 _MEASURED = 20_000
 """So many patches tell their directions."""
 
@@ -69,12 +70,12 @@ class UnfamiliarTexture(Score):
         rng = np.random.default_rng(self.seed)
         count, _, rows, columns = statistics.shape
         places = rng.permutation(count * rows * columns)[: max(self.kept, _MEASURED)]
-        drawn = patches_at(statistics, places)
+        drawn = patches_at(statistics, places).astype(np.float64)
         mean = drawn.mean(0)
         _, singular, directions = np.linalg.svd(drawn - mean, full_matrices=False)
         deviations = singular / np.sqrt(len(drawn))
         usual = deviations + _LEVEL * deviations[0]
-        axes = (directions / np.maximum(usual, 1e-9)[:, None])[: self.directions].T
+        axes = (directions / np.maximum(usual, 1e-6)[:, None])[: self.directions].T
         # What was drawn is in random order.
         memory = (drawn[: self.kept] - mean) @ axes
         return {
@@ -102,11 +103,12 @@ def described(x: Tensor, cells: int) -> Tensor:
 
 def from_memory(points: Tensor, memory: Tensor, neighbours: int) -> Tensor:
     """Mean distance of points (N, D) from the nearest of `memory` (M, D), shape (N,)."""
-    count = min(neighbours, len(memory))
-    # Which ones are the nearest may be told roughly, how far they are may not.
-    rough = memory.float().square().sum(1) - 2 * points.float() @ memory.float().T
-    nearest = memory[rough.topk(count, 1, largest=False).indices]
-    return (nearest - points[:, None]).square().sum(2).sqrt().mean(1)
+    count, squares, found = min(neighbours, len(memory)), memory.square().sum(1), []
+    for some in torch.split(points, _AT_ONCE):
+        nearest = memory[torch.topk(squares - 2 * some @ memory.T, count, 1, largest=False).indices]
+        # Anew: the difference of squares that told which they are has lost what is small.
+        found.append((nearest - some[:, None]).square().sum(2).sqrt().mean(1))
+    return torch.cat(found)
 
 
 def patches(cells: Tensor) -> Tensor:

@@ -1,10 +1,8 @@
 """The verb `train`: a folder of pictures becomes a calibrated detector in a bundle."""
 
-import hashlib
 import json
 import math
 import platform
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,13 +13,22 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 
-from anomaly_vae import __version__
-from anomaly_vae.bundle import check_place, write_durably
+from anomaly_vae.bundle import check_place
 from anomaly_vae.calibration import Calibration
+from anomaly_vae.checkpointing import close_work, identity, open_work
 from anomaly_vae.data import Pictures, open_pictures, suggest_image_spec, survey
 from anomaly_vae.detector import Detector, policy_of
-from anomaly_vae.dividing import Indices, Part, blank_calibration, described, divide, group_count, made_from
-from anomaly_vae.errors import BundleError, ConfigError, TrainingError
+from anomaly_vae.dividing import (
+    Indices,
+    Part,
+    blank_calibration,
+    described,
+    divide,
+    group_count,
+    made_from,
+    references_of,
+)
+from anomaly_vae.errors import ConfigError
 from anomaly_vae.fabric import make_fabric
 from anomaly_vae.fitting import Fitted, Fitting, Progress
 from anomaly_vae.images import ImageSpec
@@ -31,14 +38,12 @@ from anomaly_vae.model import AutoEncoder
 from anomaly_vae.objectives import Objective
 from anomaly_vae.recipe import DetectorSpec
 from anomaly_vae.seeds import generator_of, seed_of
-from anomaly_vae.spec import dump_yaml, read_yaml
 
 _SCORING_BATCH = 64
 _PROBE_PIXELS = 2**21
 """Of all probes with tiles: large ones would outweigh the rest of a bundle, and be long judged whenever it loads."""
-_REFERENCES = 8192
-"""So many training pictures, or tiles of them, at most are shown to scores that owe nothing to the model."""
-_RUN = "run.yaml"
+_REFERENCES = 32_768
+"""So many training pictures or tiles at most are shown to scores that owe nothing to the model."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ def train(
     courses = any(expert.objective.has_parts(expert.model) for expert in spec.experts.values())
     fabric = make_fabric(device, spec.training.precision, tensorboard, courses)
     work = out.absolute().with_name(f".{out.name}.training")
-    _open_work(work, _identity(spec, pictures, parts, fabric, known), restart, fabric, say)
+    open_work(work, identity(spec, pictures, parts, fabric, known), restart, fabric, say)
     members, fitted = [], []
     places = [place for i in range(len(parts)) for place in _places(spec, i)]
 
@@ -118,7 +123,7 @@ def train(
     metrics |= {"known_anomalies": known.counts} if known else {}
     notes = [*pictures.notes, *_collapse_notes(spec, len(parts), fitted)]
     saved = detector.save(out, _probes(spec, pictures, parts), metrics, replace=overwrite)
-    _close_work(work)
+    close_work(work)
     return Trained(saved, out, metrics["seconds"], metrics, notes)
 
 
@@ -200,8 +205,10 @@ def _make_member(
         model, one = _make_model(spec, place, pictures, part, known, fabric, 1 / count, work, tell)
         models.setdefault(place.kind, []).append(model)
         fitted.append(one)
-    rows = len(part.train) * (spec.tiling.count if spec.tiling else 1)
-    trained = _batches(spec, pictures, part.train[:: -(-rows // _REFERENCES)])
+    # Whoever trims training does not take all of it for normal.
+    trims = any(expert.training.trim is not None for expert in spec.experts.values())
+    most = max(1, _REFERENCES // (spec.tiling.count if spec.tiling else 1))
+    trained = None if trims else _batches(spec, pictures, references_of(part, pictures, most))
     return Member.fit(spec, models, _batches(spec, pictures, part.fit), trained), fitted
 
 
@@ -298,54 +305,6 @@ def _batches(spec: DetectorSpec, pictures: Pictures, indices: Indices) -> Batche
             yield Batch(images, None if given is None else torch.from_numpy(given[chosen]))
 
     return batches
-
-
-def _open_work(work: Path, run: dict[str, Any], restart: bool, fabric: Fabric, say: Say) -> None:
-    """The folder of checkpoints beside the bundle; an old one must be of the very same run."""
-    if fabric.is_global_zero:
-        if restart or not (work / _RUN).exists():
-            # Without its description a checkpoint may be of any run.
-            shutil.rmtree(work, ignore_errors=True)
-        if (work / _RUN).exists():
-            if read_yaml(work / _RUN) != run:
-                raise TrainingError(
-                    f"an interrupted training with other settings or pictures lies in {work}; "
-                    "give its settings to go on with it, or pass --restart to begin anew"
-                )
-            say(f"going on with the interrupted training in {work}")
-        else:
-            try:
-                work.mkdir(parents=True)
-                write_durably(work / _RUN, dump_yaml(run).encode())
-            except OSError as error:
-                raise BundleError(f"cannot write {work}: {error.strerror}; choose another --out") from None
-    fabric.barrier()
-
-
-def _identity(
-    spec: DetectorSpec, pictures: Pictures, parts: list[Part], fabric: Fabric, known: Known | None
-) -> dict[str, Any]:
-    """All that the weights depend on: another order, label or group of the pictures divides them otherwise."""
-
-    def of(indices: Indices, among: Pictures = pictures) -> str:
-        return hashlib.sha256(among.fingerprints[indices].tobytes()).hexdigest()[:16]
-
-    return {
-        "spec": spec.model_dump(mode="json"),
-        "parts": [[of(part.train), of(part.fit), of(part.calibrate)] for part in parts],
-        "known": None if known is None else of(np.arange(len(known.pictures)), known.pictures),
-        "processes": fabric.world_size,
-        "device": fabric.device.type,
-        "torch": str(torch.__version__),
-        "version": __version__,
-    }
-
-
-def _close_work(work: Path) -> None:
-    """Remove the checkpoints, their description last: what a crash leaves behind must still say what it is of."""
-    for path in work.glob("member*.safetensors"):
-        path.unlink(missing_ok=True)
-    shutil.rmtree(work, ignore_errors=True)
 
 
 def _probes(spec: DetectorSpec, pictures: Pictures, parts: list[Part]) -> Batch | None:

@@ -43,7 +43,7 @@ LIBRARY = [
     {"expert_spec"},
     {"recipe", "expert"},
     {"member", "presets", "dividing", "labelling", "known"},
-    {"detector"},
+    {"detector", "checkpointing"},
     {"engine"},
     {"fabric", "fitting"},
     {"latent_space", "explore_page"},
