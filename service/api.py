@@ -17,7 +17,8 @@ from service.access import guard, needs
 from service.errors import Problem
 from service.keys import Keyring, Role
 from service.metrics import Metrics
-from service.scoring import Heat, Scorer, Verdict
+from service.options import Options
+from service.scoring import Scorer, Verdict
 from service.settings import ServiceSettings
 from service.uploads import Upload, discard_body, read_body, uploads
 
@@ -36,6 +37,7 @@ USAGE = """anomaly-vae: is this picture like the normal ones? Model {name}, vers
   curl --data-binary @picture.jpg {url}v1/score               one picture
   curl -F file=@a.jpg -F file=@b.jpg {url}v1/score            several
   curl --data-binary @picture.jpg '{url}v1/score?heatmap=png' with a heat map (base64 PNG), boxes around what is hot
+  curl --data-binary @picture.jpg '{url}v1/score?alpha=0.01'  judged at another rate of false alarms, this once
 
 A result has `outlier` (the verdict), `p_value` (share of normal pictures at least as unusual) and `score` (higher is
 more unusual). Header X-Deadline-Ms bounds the wait. Also here: /v1/models /ready /live /metrics
@@ -62,13 +64,14 @@ def api(scorer: Scorer, settings: ServiceSettings, metrics: Metrics) -> Blueprin
     @pages.post("/v1/score")
     @needs(Role.SCORE)
     def score() -> Response:
-        heat = _heat_wanted()
+        options = Options.of(request.args.items(multi=True), scorer.detector)
         deadline = g.started + _deadline_ms(settings.deadline_ms) / 1000
         started = time.monotonic()
         body = read_body(request.environ, settings.max_request_bytes)
         files = uploads(body, request.content_type, settings.max_images_per_request)
         metrics.stage("read", time.monotonic() - started)
-        outcomes = scorer.score(files, deadline=deadline, heat=heat, source=g.key.source if g.key else None)
+        source = g.key.source if g.key else None
+        outcomes = scorer.score(files, deadline=deadline, options=options, source=source)
         return _scored(model, files, outcomes)
 
     return pages
@@ -153,18 +156,6 @@ def _error(problem: Problem, results: Sequence[dict[str, Any]] = ()) -> Response
 
 def _json(body: dict[str, Any], status: HTTPStatus = HTTPStatus.OK) -> Response:
     return Response(json.dumps(body, allow_nan=False) + "\n", status, mimetype="application/json")
-
-
-def _heat_wanted() -> Heat:
-    for name, value in request.args.items(multi=True):
-        if name != "heatmap":
-            message = f"there is no parameter {name[:40]!r}; the one there is: heatmap=png or regions"
-            raise Problem(HTTPStatus.BAD_REQUEST, "unknown_parameter", message)
-        if value not in {"png", "regions", "none"}:
-            message = f"heatmap can be png, regions or none, not {value[:40]!r}"
-            raise Problem(HTTPStatus.BAD_REQUEST, "bad_parameter", message)
-    last = request.args.get("heatmap", "none")
-    return "png" if last == "png" else "regions" if last == "regions" else "none"
 
 
 def _deadline_ms(default: int) -> int:

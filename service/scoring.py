@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from anomaly_vae import BadImage, Engine, heatmap_png, regions_json
 from service.batching import Batcher, Judge, NotAccepted, NotScored, Reservation, Scored, Ticket
 from service.errors import Problem
 from service.metrics import Metrics
+from service.options import Options
 from service.settings import ServiceSettings
 from service.uploads import Upload
 
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
-Heat = Literal["none", "regions", "png"]
-"""What is wanted of heat maps: nothing, boxes around what they show, or those and the drawn map."""
-
 _BAD_IMAGE_STATUS = {
     "empty": HTTPStatus.BAD_REQUEST,
     "too_large": HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
@@ -86,7 +84,7 @@ class Scorer:
         return engine.judge, torch.zeros((image.channels, image.height, image.width), dtype=torch.uint8)
 
     def score(
-        self, files: Sequence[Upload], *, deadline: float, heat: Heat, source: str | None = None
+        self, files: Sequence[Upload], *, deadline: float, options: Options, source: str | None = None
     ) -> list[Verdict | Problem]:
         """One outcome a file, in order; raises `Problem` if all are refused.
 
@@ -98,9 +96,9 @@ class Scorer:
         try:
             with self._places(len(files), deadline) as places:
                 for file in files:  # one by one: what is queued when a later one fails must be known
-                    tickets.append(self._submit(places, file.data, deadline, heat != "none"))  # noqa: PERF401
+                    tickets.append(self._submit(places, file.data, deadline, options.heat != "none"))  # noqa: PERF401
             pairs = zip(tickets, files, strict=True)
-            return [self._outcome(ticket, file.data, deadline, heat == "png", source) for ticket, file in pairs]
+            return [self._outcome(ticket, file.data, deadline, options, source) for ticket, file in pairs]
         except BaseException:
             for ticket in tickets:
                 if isinstance(ticket, Ticket):
@@ -140,7 +138,7 @@ class Scorer:
         return places.submit(image, heatmap=heatmap)
 
     def _outcome(
-        self, ticket: Ticket | Problem, data: bytes, deadline: float, draw: bool, source: str | None
+        self, ticket: Ticket | Problem, data: bytes, deadline: float, options: Options, source: str | None
     ) -> Verdict | Problem:
         if isinstance(ticket, Problem):
             return ticket
@@ -150,7 +148,7 @@ class Scorer:
             drawn = None
             if scored.heat is not None:
                 row["regions"] = regions_json(scored.heat, self.detector.image, data)
-                drawn = self._timed("draw", deadline, lambda: _drawn(scored, ticket)) if draw else None
+                drawn = self._timed("draw", deadline, lambda: _drawn(scored, ticket)) if options.heat == "png" else None
         except NotScored as failure:
             self._metrics.rejected("deadline" if failure.reason == "expired" else failure.reason)
             return _failed(failure)
@@ -159,7 +157,7 @@ class Scorer:
         self._metrics.stage("queue", scored.queued_seconds)
         self._metrics.stage("judge", scored.judge_seconds)
         self._metrics.verdict(row["p_value"], row["outlier"], source)
-        return Verdict(row, drawn)
+        return Verdict(options.applied(row, self.detector), drawn)
 
     def _timed(self, stage: str, deadline: float, work: Callable[[], _T]) -> _T:
         """Do CPU work of a request thread, no more of it at once than there are cores."""

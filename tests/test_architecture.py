@@ -59,7 +59,7 @@ LIBRARY = [
 ]
 SERVICE = [
     {"errors", "settings"},
-    {"batching", "metrics", "uploads", "keys"},
+    {"batching", "metrics", "uploads", "keys", "options"},
     {"scoring", "allowance", "keys_command"},
     {"access"},
     {"health"},

@@ -147,6 +147,28 @@ def test_heat_maps_are_pngs_for_those_who_ask_and_change_no_score(client: httpx.
         assert abs(without["score"] - with_map["score"]) < 1e-4
 
 
+@pytest.mark.parametrize("alpha", ["0.5", "0.05", "1e-1"])
+def test_another_alpha_judges_this_reply_alone(client: httpx.Client, detector: Detector, alpha: str) -> None:
+    other, counted = detector.with_policy(float(alpha)), outliers_counted(client)
+    found = client.post(f"/v1/score?alpha={alpha}&parts=false", files=form(PICTURES)).json()["results"]
+    usual = client.post("/v1/score", files=form(PICTURES)).json()["results"]
+    for name, result, plain in zip(PICTURES, found, usual, strict=True):
+        wanted = other.judge(other.prepare(PICTURES[name])[None]).row(0)
+        assert {key: result[key] for key in ("outlier", "alpha", "mode", "threshold")} == {
+            key: wanted[key] for key in ("outlier", "alpha", "mode", "threshold")
+        }
+        assert result["score"] == pytest.approx(plain["score"], rel=1e-5)
+        assert "parts" not in result
+        assert plain["alpha"] == detector.policy.alpha
+    # Rates are of the policy in force, or a curious client would set off alarms.
+    assert outliers_counted(client) - counted == 2 * sum(result["outlier"] for result in usual)
+
+
+def outliers_counted(client: httpx.Client) -> float:
+    lines = client.get("/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("anomaly_outliers_total"))
+
+
 @pytest.mark.parametrize("name", sorted(bad_bytes()))
 def test_bad_bytes_get_a_refusal_and_their_neighbours_their_score(
     client: httpx.Client, detector: Detector, expected: dict[str, dict[str, Any]], name: str
@@ -235,6 +257,11 @@ def raw(server: Server, sent: bytes) -> bytes:
         ("POST", "/v1/score", {"data": {"text": "no file"}, "files": {}}, 422, "not_an_image"),
         ("POST", "/v1/score?heatmap=jpeg", {}, 400, "bad_parameter"),
         ("POST", "/v1/score?heatmaps=png", {}, 400, "unknown_parameter"),
+        ("POST", "/v1/score?alpha=2", {}, 400, "bad_parameter"),
+        ("POST", "/v1/score?alpha=nan", {}, 400, "bad_parameter"),
+        ("POST", "/v1/score?alpha=few", {}, 400, "bad_parameter"),
+        ("POST", "/v1/score?alpha=0.0000001", {}, 400, "alpha_not_supported"),
+        ("POST", "/v1/score?parts=perhaps", {}, 400, "bad_parameter"),
         ("POST", "/v1/score", {"headers": {"X-Deadline-Ms": "soon"}}, 400, "bad_deadline"),
         ("POST", "/v1/score", {"headers": {"X-Deadline-Ms": "0"}}, 400, "bad_deadline"),
     ],
