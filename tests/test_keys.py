@@ -283,6 +283,10 @@ def test_over_tls_with_keys_and_sources(tiny_bundle, ring, tmp_path):
     settings = (f"keys={tmp_path / 'keys.yaml'}", f"tls_certificate={certificate}", f"tls_key={private}")
     with running(tiny_bundle, *settings) as server:
         assert server.url.startswith("https://")
+        with urllib.request.urlopen(server.url, timeout=30, context=trusted) as page:
+            assert page.headers["X-Content-Type-Options"] == "nosniff"
+            assert page.headers["Content-Security-Policy"].startswith("default-src 'none'")
+            assert page.headers["Strict-Transport-Security"]
         assert answer("/v1/score", picture)[0] == 401
         status, body = answer("/v1/score", b"\0" * 4_000_000)
         assert (status, json.loads(body)["error"]["code"]) == (401, "no_key")
