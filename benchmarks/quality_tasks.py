@@ -194,7 +194,7 @@ def leave_one_out(wanted: Wanted) -> Iterator[Task]:
     for label in found.chosen:
         normal = tuple(name for name in found.made if name != label)
         train = [entry for name in normal for entry in thin(found.made[name], limit and limit // len(normal))]
-        about = f"made from nine digits, {len(train):,} pictures, the tenth abnormal; {found.about}"
+        about = f"made from nine digits, the tenth abnormal; {found.about}"
         entries = (*train, *found.test_of(normal, wanted.quick))
         yield Task(wanted.named(LEAVE_ONE_OUT), label, found.split, about, normal, entries)
 
