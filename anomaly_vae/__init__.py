@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from anomaly_vae.bundle import write_durably as write_durably
     from anomaly_vae.detector import Detector as Detector
     from anomaly_vae.detector import Judgement as Judgement
     from anomaly_vae.detector import Policy as Policy
@@ -56,6 +57,7 @@ _HOME = {
     "pick_device": "engine",
     "read_yaml": "spec",
     "regions_json": "regions",
+    "write_durably": "bundle",
 }
 
 __all__ = [*sorted(_HOME), "__version__"]

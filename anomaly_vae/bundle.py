@@ -84,10 +84,13 @@ def read_bundle(path: Path) -> Bundle:
     return bundle
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a file so that a power cut leaves the old one or the new one, never half of it."""
+def write_durably(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Write a file so that a power cut leaves the old one or the new one, never half of it.
+
+    `mode`: who may read and write it, less what the umask forbids.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -7,7 +7,6 @@ compared in constant time.
 import hashlib
 import hmac
 import logging
-import os
 import secrets
 import threading
 import time
@@ -19,7 +18,7 @@ from typing import Any
 
 from pydantic import Field, field_serializer, field_validator
 
-from anomaly_vae import ConfigError, Spec, dump_yaml, read_yaml
+from anomaly_vae import ConfigError, Spec, dump_yaml, read_yaml, write_durably
 
 _log = logging.getLogger(__name__)
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -92,13 +91,8 @@ class KeyFile(Spec):
 
     def write(self, path: Path) -> None:
         """Replace the file whole, readable by its owner alone."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                file.write(dump_yaml(self.model_dump(mode="json")))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
+            write_durably(path, dump_yaml(self.model_dump(mode="json")).encode(), mode=0o600)
         except OSError as error:
             raise ConfigError(f"cannot write the keys {path}: {error.strerror}; choose another place") from None
 

@@ -179,6 +179,10 @@ def test_references_are_of_other_groups_than_what_is_fitted(digits_folder, tiny_
     assert len(choose_references(part, opened, 10)) == 10
     mixed = dataclasses.replace(part, fit=part.train[:5])
     assert np.array_equal(choose_references(mixed, opened, 10**6), part.train[5:])
+    # Where fitting has pictures of every group, nothing is left, which must be no error.
+    nothing = choose_references(dataclasses.replace(part, fit=part.train), opened, 10**6)
+    assert len(nothing) == 0
+    assert list(opened.batches(64, nothing)) == []
 
 
 def test_it_tells_digits_without_any_training(digits_folder, tiny_spec):
