@@ -1,21 +1,15 @@
 """What `unfamiliar_shape` measures: outlines that contrast does not change, and the way to the plane of the nearest."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import Ridge
 
 from anomaly_vae.data import open_pictures
-from anomaly_vae.detector import Detector
-from anomaly_vae.dividing import divide
-from anomaly_vae.dividing import references_of as choose_references
 from anomaly_vae.metrics import detection
 from anomaly_vae.model import ModelSpec, normalise
 from anomaly_vae.observations import Observation
 from anomaly_vae.shape_scores import UnfamiliarShape, from_plane, outlines
-from anomaly_vae.training import train
 
 WIDE = torch.float64
 
@@ -137,52 +131,6 @@ def test_at_most_so_many_are_kept():
     rows = UnfamiliarShape().statistic(seen(pictures(40))).numpy()
     assert len(UnfamiliarShape(kept=15).fit(rows)["codes"]) == 15
     assert len(UnfamiliarShape(kept=40).fit(rows)["codes"]) == 40
-
-
-WITH_SHAPE = (
-    "scores=[{kind: unfamiliar_shape}, {kind: relative_error}]", "fusion.parts=[unfamiliar_shape]",
-    "training.steps=2", "training.epochs=null",
-)  # fmt: skip
-
-
-def references_of(bundle):
-    kept = Detector.load(bundle).members[0].experts[""][0].references.of_scores["unfamiliar_shape"]
-    return kept["codes"].numpy() @ kept["directions"].numpy() + kept["mean"].numpy()
-
-
-def test_training_pictures_are_references_too_and_calibration_pictures_are_not(digits_folder, tiny_spec, tmp_path):
-    spec = tiny_spec.with_overrides(list(WITH_SHAPE))
-    train(spec, digits_folder, tmp_path / "b", device="cpu")
-    opened = open_pictures(digits_folder, spec.data, spec.image)
-    part = divide(spec, opened)[0][0]
-    score = UnfamiliarShape()
-
-    def rows(indices):
-        return score.statistic(seen(normalise(opened.images(indices), torch.device("cpu")))).numpy()
-
-    wanted = score.fit(np.concatenate([rows(part.fit), rows(part.train)]))
-    whole = wanted["codes"] @ wanted["directions"] + wanted["mean"]
-    np.testing.assert_allclose(references_of(tmp_path / "b"), whole, atol=1e-4)
-
-
-def test_trimmed_training_gives_no_references(digits_folder, tiny_spec, tmp_path):
-    """What is left out of training as not normal must not come back as a reference."""
-    spec = tiny_spec.with_overrides([*WITH_SHAPE, "training.trim={share: 0.1}"])
-    done = train(spec, digits_folder, tmp_path / "b", device="cpu")
-    assert len(references_of(tmp_path / "b")) == done.metrics["pictures"]["fit"][0]
-
-
-def test_references_are_of_other_groups_than_what_is_fitted(digits_folder, tiny_spec):
-    opened = open_pictures(digits_folder, tiny_spec.data, tiny_spec.image)
-    part = divide(tiny_spec, opened)[0][0]
-    assert np.array_equal(choose_references(part, opened, 10**6), part.train)
-    assert len(choose_references(part, opened, 10)) == 10
-    mixed = dataclasses.replace(part, fit=part.train[:5])
-    assert np.array_equal(choose_references(mixed, opened, 10**6), part.train[5:])
-    # Where fitting has pictures of every group, nothing is left, which must be no error.
-    nothing = choose_references(dataclasses.replace(part, fit=part.train), opened, 10**6)
-    assert len(nothing) == 0
-    assert list(opened.batches(64, nothing)) == []
 
 
 def test_it_tells_digits_without_any_training(digits_folder, tiny_spec):
