@@ -59,7 +59,7 @@ wheel-check: .venv/.installed-dev
 seeds: .venv/.installed
 	$(BIN)/python benchmarks/seeds.py --data $(DATA) --out build/seeds/seeds.json $(if $(QUICK),--quick) $(ARGS)
 
-QUALITY ?= mnist-one-class mnist-leave-one-out piped faces contaminated few-normals
+QUALITY ?= mnist-one-class mnist-leave-one-out piped faces contaminated few-normals known-anomalies
 QUALITY_PAGE := $(if $(QUICK),build/quality/quick.md --quick,docs/quality.md)
 
 quality: .venv/.installed

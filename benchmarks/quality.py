@@ -16,22 +16,36 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from baselines import MissingError
 from quality_methods import PLAIN, Case, Method, measure, methods_of, settings_of
 from quality_rows import Book, Look, Row, machine, product_code, versions
+from quality_series import contaminated, few_normals, known_anomalies
 from quality_tables import write_page
-from quality_tasks import TASKS, AbsentError, Task, Wanted
+from quality_tasks import AbsentError, Task, Wanted, faces, folder, leave_one_out, mvtec, one_class, piped
 
 from anomaly_vae import AnomalyVaeError, ConfigError, ImageSpec, pick_device
 from anomaly_vae.presets import DEFAULT, read_preset
 
 ROOT = Path(__file__).parent.parent
+TASKS: dict[str, Callable[[Wanted], Iterator[Task]]] = {
+    "mnist-one-class": lambda wanted: one_class("mnist", wanted),
+    "mnist-leave-one-out": leave_one_out,
+    "piped": piped,
+    "faces": faces,
+    "contaminated": contaminated,
+    "few-normals": few_normals,
+    "known-anomalies": known_anomalies,
+    "folder": folder,
+    "fashion-mnist": lambda wanted: one_class("fashion_mnist", wanted),
+    "cifar10": lambda wanted: one_class("cifar10", wanted),
+    "mvtec": mvtec,
+}
 OWN_ROOT = ("folder", "fashion-mnist", "cifar10", "mvtec")
-WITH_CLASSES = ("mnist-one-class", "mnist-leave-one-out", "contaminated", "few-normals",
+WITH_CLASSES = ("mnist-one-class", "mnist-leave-one-out", "contaminated", "few-normals", "known-anomalies",
                 "fashion-mnist", "cifar10", "mvtec")  # fmt: skip
 
 

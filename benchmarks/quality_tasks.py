@@ -7,7 +7,7 @@ nothing from official test parts nor from PIPED's last four papers; `test` takes
 import csv
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -25,14 +25,12 @@ from anomaly_vae.layouts import DataSpec
 T = TypeVar("T")
 
 QUICK_TRAIN, QUICK_NORMAL, QUICK_ABNORMAL = 120, 40, 60
-SHARES = (0.0, 0.01, 0.05, 0.1)
-SIZES = (16, 50, 200, 1000)
 PAPERS_A_SPLIT = 4
 
 ONE_CLASS = {"mnist": "MNIST one-class", "fashion_mnist": "FashionMNIST one-class", "cifar10": "CIFAR-10 one-class"}
 LEAVE_ONE_OUT, PIPED, FACES, MVTEC = "MNIST leave-one-out", "PIPED", "London faces", "MVTec AD"
-CONTAMINATED, FEW = "Contaminated training set", "Few normals"
-KNOWN = (ONE_CLASS["mnist"], LEAVE_ONE_OUT, PIPED, FACES, CONTAMINATED, FEW,
+CONTAMINATED, FEW, SHOWN = "Contaminated training set", "Few normals", "Known anomalies"
+KNOWN = (ONE_CLASS["mnist"], LEAVE_ONE_OUT, PIPED, FACES, CONTAMINATED, FEW, SHOWN,
          ONE_CLASS["fashion_mnist"], ONE_CLASS["cifar10"], MVTEC)  # fmt: skip
 
 
@@ -70,7 +68,7 @@ class Wanted:
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """A picture of a task: a file, or pixels that become one."""
+    """A picture of a task: a file, or pixels that become one. `known`: an anomaly that training is shown."""
 
     path: Path
     label: str
@@ -78,6 +76,12 @@ class Entry:
     mask: Path | None = None
     group: str | None = None
     pixels: npt.NDArray[np.uint8] | None = field(default=None, repr=False)
+    known: bool = False
+
+    @property
+    def part(self) -> str:
+        """What the manifest says of it."""
+        return "known" if self.known else "train" if self.train else "test"
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +107,10 @@ class Task:
 
     def digest(self) -> str:
         """Stands for the division: another picture, label, group or part gives another."""
-        lines = (f"{e.path.name}|{e.label}|{e.train}|{e.group}|{e.mask is not None}" for e in self.entries)
+        lines = (
+            f"{e.path.name}|{e.label}|{e.train}{'|known' * e.known}|{e.group}|{e.mask is not None}"
+            for e in self.entries
+        )
         return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
     def write(self, folder: Path) -> Path:
@@ -117,9 +124,8 @@ class Task:
             lines = csv.writer(file)
             lines.writerow(("path", "label", "mask", "group", "split"))
             for entry in self.entries:
-                part = "train" if entry.train else "test"
                 mask = entry.mask.resolve() if entry.mask else ""
-                lines.writerow((entry.path.resolve(), entry.label, mask, entry.group or "", part))
+                lines.writerow((entry.path.resolve(), entry.label, mask, entry.group or "", entry.part))
         return folder
 
 
@@ -199,86 +205,18 @@ def leave_one_out(wanted: Wanted) -> Iterator[Task]:
         yield Task(wanted.named(LEAVE_ONE_OUT), label, found.split, about, normal, entries)
 
 
-def few_normals(wanted: Wanted) -> Iterator[Task]:
-    """A digit from fewer and fewer pictures, those that calibrate included; the test stays the same."""
-    found = classes_of("mnist", wanted)
-    for label in wanted.classes or ("3",):
-        train = thin(found.made[label], QUICK_TRAIN if wanted.quick else None)
-        for size in SIZES:
-            if size <= len(train):
-                entries = (*thin(train, size), *found.test_of([label], wanted.quick))
-                about = f"one digit of MNIST, made from so many pictures, calibration included; {found.about}"
-                yield Task(FEW, f"digit {label}: {size} normals", found.split, about, (label,), entries)
-
-
-def contaminated(wanted: Wanted) -> Iterator[Task]:
-    """Abnormal pictures, none of them a test picture, among those that are said to be normal: a digit and a paper."""
-    absent = []
-    for make in (_contaminated_digits, _contaminated_papers):
-        try:
-            yield from make(wanted)
-        except AbsentError as error:
-            absent.append(error)
-    if len(absent) == 2:
-        raise absent[0]
-
-
-def _contaminated_digits(wanted: Wanted) -> Iterator[Task]:
-    found = classes_of("mnist", wanted)
-    for label in wanted.classes or ("3",):
-        train = thin(found.made[label], QUICK_TRAIN if wanted.quick else wanted.limit)
-        others = [entry for name in found.made if name != label for entry in found.made[name]]
-        about = "MNIST: one digit, other digits hidden among its training pictures"
-        test = found.test_of([label], wanted.quick)
-        yield from _mixed(wanted, f"digit {label}", about, (label,), train, others, test)
-
-
-def _contaminated_papers(wanted: Wanted) -> Iterator[Task]:
-    for paper in _papers(wanted)[: None if wanted.papers else 1]:
-        train, test = _paper(paper, wanted)
-        defects = [entry for entry in test if entry.label == "defect"]
-        # Whole sheets: no other crop of a contaminating sheet is left in the test.
-        most = _abnormal_count(SHARES[-1], len(train))
-        sheets = {_sheet(entry.path) for entry in defects[:most]}
-        spare = [entry for entry in defects if _sheet(entry.path) in sheets]
-        kept = [entry for entry in test if entry.label != "defect" or _sheet(entry.path) not in sheets]
-        about = "PIPED: crops of defective sheets hidden among the clean ones; these sheets are not in the test"
-        yield from _mixed(wanted, paper.name, about, ("good",), train, spare, kept)
-
-
-def _abnormal_count(share: float, normals: int) -> int:
-    """How many abnormal pictures make up `share` of all; one at least, unless the share is zero."""
-    return max(1, round(share / (1 - share) * normals)) if share else 0
-
-
-def _mixed(
-    wanted: Wanted,
-    row: str,
-    about: str,
-    normal: tuple[str, ...],
-    train: Sequence[Entry],
-    others: Sequence[Entry],
-    test: Sequence[Entry],
-) -> Iterator[Task]:
-    for count in dict.fromkeys(_abnormal_count(share, len(train)) for share in SHARES):
-        hidden = [replace(entry, label=normal[0], train=True, mask=None) for entry in thin(others, count)]
-        whole = len(train) + len(hidden)
-        name = f"{row}: {len(hidden)} of {whole:,} ({len(hidden) / whole:.0%})"
-        yield Task(wanted.named(CONTAMINATED), name, wanted.split, about, normal, (*train, *hidden, *test))
-
-
 # --- pictures in files ----------------------------------------------------------------------------------------------
 
 
 def piped(wanted: Wanted) -> Iterator[Task]:
     """A paper's first 32 clean crops by name make the detector; the other 16 and all defective ones are the test."""
     about = "32 clean crops; tested on 16 clean and 48 defective ones"
-    for paper in _papers(wanted):
-        train, test = _paper(paper, wanted)
+    for paper in papers_of(wanted):
+        train, test = crops_of(paper, wanted)
         yield Task(wanted.named(PIPED), paper.name, wanted.split, about, ("good",), (*train, *test))
 
 
-def _papers(wanted: Wanted) -> list[Path]:
+def papers_of(wanted: Wanted) -> list[Path]:
     """The papers asked for, of the first four (`dev`) or the others (`test`)."""
     papers = sorted(path for path in wanted.place("piped").iterdir() if (path / "good").is_dir())
     if not papers:
@@ -298,9 +236,10 @@ def _papers(wanted: Wanted) -> list[Path]:
     return chosen
 
 
-def _paper(paper: Path, wanted: Wanted) -> tuple[list[Entry], list[Entry]]:
+def crops_of(paper: Path, wanted: Wanted) -> tuple[list[Entry], list[Entry]]:
+    """Those that make a paper's detector, and those that test it."""
     good, bad = _images(paper / "good"), _images(paper / "defect")
-    group = {path: _sheet(path) if wanted.group_sheets else None for path in (*good, *bad)}
+    group = {path: sheet_of(path) if wanted.group_sheets else None for path in (*good, *bad)}
     train = [Entry(path, "good", True, group=group[path]) for path in good[:32]]
     test = [Entry(path, "good", False, group=group[path]) for path in good[32:]]
     masks = {mask.stem: mask for mask in _images(paper / "mask")}
@@ -308,7 +247,7 @@ def _paper(paper: Path, wanted: Wanted) -> tuple[list[Entry], list[Entry]]:
     return train, test
 
 
-def _sheet(path: Path) -> str:
+def sheet_of(path: Path) -> str:
     """All of a crop's name but the number of the crop."""
     return path.stem.rpartition("_")[0]
 
@@ -381,17 +320,3 @@ def _images(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if path.suffix.casefold() in IMAGE_SUFFIXES)
-
-
-TASKS: dict[str, Callable[[Wanted], Iterator[Task]]] = {
-    "mnist-one-class": lambda wanted: one_class("mnist", wanted),
-    "mnist-leave-one-out": leave_one_out,
-    "piped": piped,
-    "faces": faces,
-    "contaminated": contaminated,
-    "few-normals": few_normals,
-    "folder": folder,
-    "fashion-mnist": lambda wanted: one_class("fashion_mnist", wanted),
-    "cifar10": lambda wanted: one_class("cifar10", wanted),
-    "mvtec": mvtec,
-}

@@ -21,8 +21,9 @@ import quality
 import quality_figure
 import quality_methods
 import quality_tables
+from quality import TASKS
 from quality_rows import Book, Look, Row
-from quality_tasks import TASKS, AbsentError, Wanted
+from quality_tasks import AbsentError, Wanted
 
 SMALL = ("-o", "image={height: 16, width: 16, channels: 1}", "-o", "model.latent.size=8")
 
@@ -171,13 +172,14 @@ def test_no_test_picture_is_trained_on(name, part, data, tmp_path):
     tasks = list(TASKS[name](Wanted(data, tmp_path, part, group_sheets=True)))
     assert tasks
     for task in tasks:
-        train, test = ([entry for entry in task.entries if entry.train is made] for made in (True, False))
-        assert not {entry.path for entry in train} & {entry.path for entry in test}
+        train, test, known = ([e for e in task.entries if e.part == which] for which in ("train", "test", "known"))
+        assert not {entry.path for entry in [*train, *known]} & {entry.path for entry in test}
+        assert not any(entry.label in task.normal for entry in known)
         assert all(entry.label in task.normal for entry in train)
         assert {entry.label in task.normal for entry in test} == {True, False}
         official = [bool(entry.pixels is not None and entry.pixels.max() == OFFICIAL_TEST) for entry in test]
         assert all(official) if part == "test" and test[0].pixels is not None else not any(official)
-        assert not any(entry.pixels is not None and entry.pixels.max() == OFFICIAL_TEST for entry in train)
+        assert not any(e.pixels is not None and e.pixels.max() == OFFICIAL_TEST for e in [*train, *known])
         groups = {entry.group for entry in train if entry.group}
         assert not groups & {entry.group for entry in test}
         papers = {entry.path.parts[-3] for entry in task.entries if entry.mask}
@@ -185,6 +187,11 @@ def test_no_test_picture_is_trained_on(name, part, data, tmp_path):
     if name == "piped":
         assert [task.n_train for task in tasks] == [32] * 4
         assert all(len(task.entries) - task.n_train == 16 + 48 for task in tasks)
+    if name == "known-anomalies":
+        assert [sum(entry.known for entry in task.entries) for task in tasks] == [0, 0, 20, 20]
+        kinds = [{e.label for e in task.entries if e.part == "test"} - {"8"} for task in tasks]
+        assert kinds[0] == kinds[2] == {"3"}
+        assert kinds[1] == kinds[3] == set("01245679")
     if name == "contaminated":
         hidden = [sum("D" in entry.path.name for entry in task.entries if entry.train) for task in tasks]
         assert hidden[-4:] == [0, 1, 2, 4]
