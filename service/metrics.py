@@ -34,6 +34,7 @@ class Metrics:
         ProcessCollector(registry=registry)
         self._declare_traffic(registry)
         self._declare_verdicts(registry)
+        self._declare_store(registry)
         for stage in STAGES:
             self._stages.labels(stage)
         for reason in REJECTIONS:
@@ -69,6 +70,29 @@ class Metrics:
             "anomaly_p_value", "p-values; uniform for normal pictures", by, buckets=P_VALUES, registry=registry
         )
         self._info = Gauge("anomaly_model_info", "1 for the model in force", ["model", "version"], registry=registry)
+
+    def _declare_store(self, registry: CollectorRegistry) -> None:
+        self._store_seconds = Histogram(
+            "anomaly_store_write_duration_seconds", "Time to keep a batch", buckets=SECONDS, registry=registry
+        )
+        self._store_lost = Counter("anomaly_store_lost", "What the store did not take", ["what"], registry=registry)
+        self._store_waiting = Gauge("anomaly_store_waiting", "Verdicts not yet kept", registry=registry)
+        self._store_up = Gauge("anomaly_store_up", "1 where the store can be written", registry=registry)
+        for what in ("verdict", "picture"):
+            self._store_lost.labels(what)
+
+    def store_wrote(self, seconds: float) -> None:
+        """One batch of verdicts was kept."""
+        self._store_seconds.observe(seconds)
+
+    def store_lost(self, what: str, count: int) -> None:
+        """Verdicts or pictures that will never be kept."""
+        self._store_lost.labels(what).inc(count)
+
+    def watch_store(self, waiting: Callable[[], float], up: Callable[[], float]) -> None:
+        """Read how the store stands when scraped."""
+        self._store_waiting.set_function(waiting)
+        self._store_up.set_function(up)
 
     def announce_model(self, model: str, version: str, expected_outlier_ratio: float) -> None:
         """Name the model in force; its counters start at 0 so that the first outlier is a visible increase."""

@@ -58,8 +58,9 @@ LIBRARY = [
     {"__main__"},
 ]
 SERVICE = [
-    {"errors", "settings"},
-    {"batching", "metrics", "uploads", "keys", "options"},
+    {"errors", "settings", "ids", "schema", "database"},
+    {"batching", "metrics", "uploads", "keys", "options", "store", "auditing"},
+    {"recorder", "decisions", "reviewing"},
     {"scoring", "allowance", "keys_command"},
     {"access"},
     {"health"},

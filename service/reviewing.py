@@ -1,0 +1,102 @@
+"""What people say of verdicts, and the pictures that chance draws for them to look at.
+
+Only what was drawn by chance may recalibrate: among the pictures that somebody chose to look at, the flagged ones above
+all, normal ones are not like the normal ones of the stream.
+"""
+
+import time
+from dataclasses import dataclass
+from itertools import takewhile
+
+import numpy as np
+import numpy.typing as npt
+from sqlalchemy import RowMapping, insert, select, update
+
+from service import ids
+from service.auditing import note
+from service.database import Database
+from service.schema import FEEDBACK, PICTURES, REVIEWS, VERDICTS
+
+Floats = npt.NDArray[np.float64]
+
+LABELS = {"false_alarm": True, "confirmed": True, "missed": False, "normal": False, "unclear": None}
+"""What may be said, and whether only of outliers (True), of others (False), or of all (None)."""
+NORMAL = ("false_alarm", "normal")
+"""Labels that say: this picture is normal."""
+
+
+class UnknownVerdict(Exception):
+    """There is no such verdict, or no longer."""
+
+
+class Contradiction(Exception):
+    """The label does not fit the verdict."""
+
+
+@dataclass(frozen=True)
+class Reviewed:
+    """Verdicts drawn by chance under some versions: how many, how many of them a person judged without leaving one
+    out, how many of those are unclear, and the scores of those that are normal."""
+
+    drawn: int
+    judged: int
+    unclear: int
+    normal_scores: Floats
+
+
+class Reviews:
+    """Feedback and reviews."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def say(self, number: int, label: str, text: str, by: str) -> str | None:
+        """Keep what a person said of a verdict; returns what was said before, None if nothing was.
+
+        Raises `UnknownVerdict`, and `Contradiction` for a false alarm that was none.
+        """
+        with self._database.writing() as connection:
+            outlier = connection.scalar(select(VERDICTS.c.outlier).where(VERDICTS.c.id == number))
+            if outlier is None:
+                raise UnknownVerdict
+            if LABELS[label] is not None and bool(outlier) is not LABELS[label]:
+                fits = [name for name, of_outliers in LABELS.items() if of_outliers in (bool(outlier), None)]
+                was = "an outlier" if outlier else "no outlier"
+                raise Contradiction(f"the verdict was {was}, so that it can be {' or '.join(fits)}, not {label}")
+            own = FEEDBACK.c.id == number
+            before = connection.scalar(select(FEEDBACK.c.label).where(own))
+            row = {"label": label, "note": text, "by": by, "at": time.time()}
+            if before is None:
+                connection.execute(insert(FEEDBACK), {"id": number, **row})
+            else:
+                connection.execute(update(FEEDBACK).where(own).values(**row))
+            note(connection, by, "feedback", ids.shown(number), before, label)
+        return before
+
+    def to_review(self, model: str | None, limit: int) -> list[RowMapping]:
+        """Verdicts drawn by chance that nobody judged yet, the oldest first: `id`, `model` and whether there is a
+        picture, and nothing that gives the verdict away."""
+        has_picture = select(PICTURES.c.id).where(PICTURES.c.id == REVIEWS.c.id).exists().label("has_picture")
+        query = (
+            select(REVIEWS.c.id, REVIEWS.c.model, has_picture, VERDICTS.c.filename)
+            .join(VERDICTS, VERDICTS.c.id == REVIEWS.c.id)
+            .outerjoin(FEEDBACK, FEEDBACK.c.id == REVIEWS.c.id)
+            .where(FEEDBACK.c.id.is_(None))
+            .order_by(REVIEWS.c.id)
+            .limit(limit)
+        )
+        query = query if model is None else query.where(REVIEWS.c.model == model)
+        with self._database.reading() as connection:
+            return list(connection.execute(query).mappings())
+
+    def reviewed(self, model: str, versions: list[str]) -> Reviewed:
+        """What reviews under these versions of a model found, up to the first that nobody judged: beyond it somebody
+        may have picked."""
+        ours = (REVIEWS.c.model == model, REVIEWS.c.version.in_(versions))
+        said = select(REVIEWS.c.score, FEEDBACK.c.label).outerjoin(FEEDBACK, FEEDBACK.c.id == REVIEWS.c.id)
+        with self._database.reading() as connection:
+            found = [(score, label) for score, label in connection.execute(said.where(*ours).order_by(REVIEWS.c.id))]
+        judged = list(takewhile(lambda one: one[1] is not None, found))
+        scores = [score for score, label in judged if label in NORMAL]
+        unclear = sum(label == "unclear" for _, label in judged)
+        return Reviewed(len(found), len(judged), unclear, np.asarray(scores, np.float64))
