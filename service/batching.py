@@ -9,148 +9,29 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING
 
-from anomaly_vae import AnomalyVaeError
+from service.tickets import Judge, NotAccepted, NotScored, Reservation, Scored, Target, Ticket
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
-Refusal = Literal["queue_full", "deadline", "draining", "failed"]
-Failure = Literal["expired", "cancelled", "unscorable", "failed"]
 
+class _Call:
+    """Work for the models' thread that is no batch."""
 
-class Judged(Protocol):
-    """The columns a judge returns for a batch; `anomaly_vae.Judgement` is one."""
-
-    @property
-    def heat(self) -> "np.ndarray[Any, Any] | None": ...
-    @property
-    def heat_scale(self) -> float: ...
-    def row(self, index: int, /) -> dict[str, Any]: ...
-
-
-class Judge(Protocol):
-    """uint8 (B, C, H, W) and whether heat maps are wanted -> columns of length B."""
-
-    def __call__(self, images: "Tensor", heatmaps: bool, /) -> Judged: ...
-
-
-class NotAccepted(AnomalyVaeError):
-    """There is no place for this request; nothing was decoded or judged. `retry_after` is in seconds."""
-
-    def __init__(self, reason: Refusal, retry_after: float = 0.0) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.retry_after = retry_after
-
-
-class NotScored(AnomalyVaeError):
-    """An accepted picture that has no score: too late, withdrawn, impossible to judge, or the model is lost."""
-
-    def __init__(self, reason: Failure, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
-        self.detail = detail
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """One picture's row, its heat map if asked for, and where its time went (seconds)."""
-
-    row: dict[str, Any]
-    heat: "np.ndarray[Any, Any] | None"
-    heat_scale: float
-    queued_seconds: float
-    judge_seconds: float
-
-
-class Ticket:
-    """A picture in the queue; `result` waits for its verdict."""
-
-    __slots__ = ("_batcher", "_done", "_failure", "_scored", "bulk", "deadline", "entered", "heatmap", "image")
-
-    def __init__(
-        self, batcher: "Batcher", image: "Tensor", *, heatmap: bool, bulk: bool, deadline: float | None, entered: float
-    ) -> None:
-        self._batcher = batcher
-        self._done = threading.Event()
-        self._scored: Scored | None = None
-        self._failure: NotScored | None = None
-        self.image = image
-        self.heatmap = heatmap
-        self.bulk = bulk
-        self.deadline = deadline
-        self.entered = entered
-
-    def result(self) -> Scored:
-        """Wait until judged or until the deadline; raises `NotScored`."""
-        left = None if self.deadline is None else max(0.0, self.deadline - self._batcher.clock())
-        if not self._done.wait(left):
-            self._batcher.cancel(self, NotScored("expired"))
-            raise NotScored("expired", "the deadline passed before the verdict")
-        if self._failure is not None:
-            raise self._failure
-        assert self._scored is not None
-        return self._scored
-
-    def cancel(self) -> None:
-        """Withdraw: its place is free at once if it still waits; if it is being judged, the verdict is dropped."""
-        self._batcher.cancel(self, NotScored("cancelled"))
-
-    def settle(self, outcome: Scored | NotScored) -> None:
-        """Give the outcome to whoever waits; the first one counts."""
-        if self._done.is_set():
-            return
-        if isinstance(outcome, NotScored):
-            self._failure = outcome
-        else:
-            self._scored = outcome
-        self._done.set()
-
-
-class Reservation:
-    """Places in the queue, held while the pictures are decoded; leaving the `with` block gives back unused ones."""
-
-    def __init__(self, batcher: "Batcher", places: int, *, bulk: bool, deadline: float | None) -> None:
-        self._batcher = batcher
-        self._left = places
-        self._bulk = bulk
-        self._deadline = deadline
-
-    def submit(self, image: "Tensor", *, heatmap: bool = False) -> Ticket:
-        """Queue one uint8 (C, H, W) picture on one of the places."""
-        assert self._left > 0, "more pictures than places were reserved"
-        ticket = self._batcher.enqueue(image, heatmap=heatmap, bulk=self._bulk, deadline=self._deadline)
-        self._left -= 1
-        return ticket
-
-    def skip(self) -> None:
-        """Give back one place: its picture turned out to be none."""
-        self._left -= 1
-        self._batcher.give_back(1)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        left, self._left = self._left, 0
-        if left > 0:
-            self._batcher.give_back(left)
+    def __init__(self, work: Callable[[], None]) -> None:
+        self.work, self.done = work, threading.Event()
+        self.error: Exception | None = None
 
 
 class Batcher:
-    """The bounded queue before one judge, which lives on this batcher's own thread from first to last.
+    """The bounded queue before one device, whose models live on this batcher's own thread.
 
-    `start` runs there and returns the judge and a probe, a uint8 (C, H, W) picture known to be judged well: when a
-    single picture fails, it tells a bad picture from a lost model. `until_started` waits for it. `extra_delay`
-    (seconds) waits for a fuller batch, counted from the oldest picture. A bulk picture counts as having come
-    `bulk_patience` seconds later than it did: it yields, but never starves.
+    `start` runs there and returns the first model (see `Target`); `until_started` waits for it. A batch is for one
+    model: that of the picture that came first. `extra_delay` (seconds) waits for a fuller batch, counted from the
+    oldest picture. A bulk picture counts as having come `bulk_patience` seconds later than it did: it yields, but never
+    starves.
     """
 
     def __init__(
@@ -178,6 +59,7 @@ class Batcher:
         self._bulk: deque[Ticket] = deque()
         self._places_taken = 0
         self._running: list[Ticket] = []
+        self._calls: deque[_Call] = deque()
         self._batch_seconds = 0.0
         self._draining = False
         self._lost = False
@@ -209,6 +91,18 @@ class Batcher:
             self._places_taken += places
         return Reservation(self, places, bulk=bulk, deadline=deadline)
 
+    def run(self, work: Callable[[], None]) -> None:
+        """Do something on the models' thread, between two batches; raises what it raises, or `NotAccepted`."""
+        call = _Call(work)
+        with self._changed:
+            if self._lost or self._draining:
+                raise NotAccepted("failed" if self._lost else "draining")
+            self._calls.append(call)
+            self._changed.notify()
+        call.done.wait()
+        if call.error is not None:
+            raise call.error
+
     def depth(self) -> int:
         """Pictures that wait, those still being decoded included."""
         return self._places_taken
@@ -231,9 +125,11 @@ class Batcher:
             self._draining = True
             self._changed.notify()
 
-    def enqueue(self, image: "Tensor", *, heatmap: bool, bulk: bool, deadline: float | None) -> Ticket:
+    def enqueue(
+        self, image: "Tensor", target: Target | None, *, heatmap: bool, bulk: bool, deadline: float | None
+    ) -> Ticket:
         """Queue a picture on a reserved place; `Reservation.submit` calls this."""
-        ticket = Ticket(self, image, heatmap=heatmap, bulk=bulk, deadline=deadline, entered=self.clock())
+        ticket = Ticket(self, image, target, heatmap=heatmap, bulk=bulk, deadline=deadline, entered=self.clock())
         with self._changed:
             if self._lost:
                 self._places_taken -= 1
@@ -265,7 +161,7 @@ class Batcher:
 
     def _work(self) -> None:
         try:
-            self._judge, self._probe = self._start()
+            self._first = Target(*self._start())
         except Exception as error:
             self._lost, self._error = True, error
             return
@@ -284,6 +180,9 @@ class Batcher:
         with self._changed:
             while True:
                 waiting = len(self._interactive) + len(self._bulk)
+                if self._calls:
+                    self._make(self._calls.popleft())
+                    continue
                 if self._lost or (self._draining and not self._places_taken):
                     return []
                 hold = self._hold(waiting) if waiting else None
@@ -294,6 +193,17 @@ class Batcher:
                 else:
                     self._changed.wait(hold)
 
+    def _make(self, call: "_Call") -> None:
+        # Meanwhile requests go on to queue.
+        self._changed.release()
+        try:
+            call.work()
+        except Exception as error:  # it is for whoever called
+            call.error = error
+        finally:
+            self._changed.acquire()
+            call.done.set()
+
     def _hold(self, waiting: int) -> float:
         if not self._extra_delay or waiting >= self._max_batch or self._draining:
             return 0.0
@@ -301,17 +211,27 @@ class Batcher:
         return oldest + self._extra_delay - self.clock()
 
     def _take(self) -> list[Ticket]:
-        """Dequeue up to a batch, dropping the expired; whoever came first goes first, bulk counting as later."""
+        """Dequeue up to a batch for one model, dropping the expired; whoever came first goes first, bulk counting as
+        later. Pictures for other models keep their places."""
         now = self.clock()
         taken: list[Ticket] = []
+        passed: list[Ticket] = []
         while len(taken) < self._max_batch and (self._interactive or self._bulk):
             ticket = self._first_lane().popleft()
-            self._places_taken -= 1
             if ticket.deadline is not None and ticket.deadline <= now:
+                self._places_taken -= 1
                 ticket.settle(NotScored("expired", "the deadline passed in the queue"))
+            elif taken and self._target(ticket) is not self._target(taken[0]):
+                passed.append(ticket)
             else:
+                self._places_taken -= 1
                 taken.append(ticket)
+        for ticket in reversed(passed):
+            (self._bulk if ticket.bulk else self._interactive).appendleft(ticket)
         return taken
+
+    def _target(self, ticket: Ticket) -> Target:
+        return ticket.target or self._first
 
     def _first_lane(self) -> deque[Ticket]:
         if not self._bulk:
@@ -330,7 +250,7 @@ class Batcher:
                 middle = len(tickets) // 2
                 self._judge_batch(tickets[:middle])
                 self._judge_batch(tickets[middle:])
-            elif not self._lost and self._probe_passes():
+            elif not self._lost and _probe_passes(self._target(tickets[0])):
                 tickets[0].settle(NotScored("unscorable", f"{type(error).__name__}: {error}"))
             elif not self._lost:
                 self._lose(error)
@@ -343,7 +263,7 @@ class Batcher:
         import torch
 
         images = torch.stack([ticket.image for ticket in tickets])
-        judged = self._judge(images, any(ticket.heatmap for ticket in tickets))
+        judged = self._target(tickets[0]).judge(images, any(ticket.heatmap for ticket in tickets))
         seconds = self.clock() - started
         with self._changed:
             known = self._batch_seconds
@@ -361,16 +281,13 @@ class Batcher:
             for index, ticket in enumerate(tickets)
         ]
 
-    def _probe_passes(self) -> bool:
-        try:
-            self._judge(self._probe[None], False)
-        except Exception:
-            return False
-        return True
-
     def _lose(self, error: Exception) -> None:
         with self._changed:
             self._lost, self._error = True, error
+            for call in self._calls:
+                call.error = NotAccepted("failed")
+                call.done.set()
+            self._calls.clear()
             waiting = [*self._interactive, *self._bulk]
             self._interactive.clear()
             self._bulk.clear()
@@ -382,3 +299,11 @@ class Batcher:
     def _settle_lost(tickets: list[Ticket]) -> None:
         for ticket in tickets:
             ticket.settle(NotScored("failed", "the model is lost"))
+
+
+def _probe_passes(target: Target) -> bool:
+    try:
+        target.judge(target.probe[None], False)
+    except Exception:
+        return False
+    return True

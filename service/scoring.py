@@ -10,11 +10,12 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from anomaly_vae import BadImage, Engine, heatmap_png, regions_json
-from service.batching import Batcher, Judge, NotAccepted, NotScored, Reservation, Scored, Ticket
+from service.batching import Batcher
 from service.errors import Problem
 from service.metrics import Metrics
 from service.options import Options
 from service.settings import ServiceSettings
+from service.tickets import Judge, NotAccepted, NotScored, Reservation, Scored, Ticket
 from service.uploads import Upload
 
 if TYPE_CHECKING:

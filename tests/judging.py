@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from service.batching import Batcher, Ticket
+from service.batching import Batcher
+from service.tickets import Ticket
 
 SOON = 20.0  # seconds until a test that hangs is called broken
 

@@ -58,7 +58,7 @@ LIBRARY = [
     {"__main__"},
 ]
 SERVICE = [
-    {"errors", "settings", "ids", "schema", "database"},
+    {"errors", "settings", "ids", "schema", "database", "tickets"},
     {"batching", "metrics", "uploads", "keys", "options", "store", "auditing"},
     {"recorder", "decisions", "reviewing"},
     {"scoring", "allowance", "keys_command"},
