@@ -105,7 +105,7 @@ class Detector:
         seen: npt.NDArray[np.uint64] | None = None,
         known_kinds: Sequence[str] = (),
     ) -> None:
-        if len(members) != len(calibration.scores):
+        if len(calibration.scores) not in (1, len(members)):
             raise ValueError(f"{len(members)} members but calibration scores of {len(calibration.scores)}")
         if spec.image is None:
             raise ValueError("a detector needs a resolved image spec")
@@ -130,6 +130,19 @@ class Detector:
         """The same detector under another alpha or mode; raises `CalibrationError` when n does not support it."""
         policy = policy_of(self.calibration, self.policy.alpha if alpha is None else alpha, mode or self.policy.mode)
         return self._as(policy, self.version)
+
+    def recalibrated(self, scores: npt.ArrayLike) -> "Detector":
+        """The same detector ranked among the `scores` that it gave to normal pictures which no part of it has seen.
+
+        All members see such a picture alike, so that even with K-fold its score, their mean, is ranked as one. Its
+        policy is that of the old one as far as so many scores support it; raises `CalibrationError` where they do not.
+        Its version tells the old one and the scores.
+        """
+        calibration = Calibration.of([scores])
+        policy = policy_of(calibration, self.policy.alpha, self.policy.mode)
+        content = hashlib.sha256(self.version.encode() + calibration.scores[0].astype("<f8").tobytes())
+        version = content.hexdigest()[:12]
+        return Detector(self.spec, self.members, calibration, policy, version, self.seen, self.known_kinds)
 
     def _as(self, policy: Policy, version: str) -> "Detector":
         return Detector(self.spec, self.members, self.calibration, policy, version, self.seen, self.known_kinds)
@@ -178,7 +191,8 @@ class Detector:
         opinions = [member.judge(self.spec, batch, heat) for member in self.members]
         verdicts = [one.score for one in opinions]
         heats = [one.heat for one in opinions if one.heat is not None]
-        p_values = self.calibration.p_values(np.stack(verdicts, 1))
+        ranked = np.stack(verdicts, 1) if self.calibration.crossed else np.mean(verdicts, 0)
+        p_values = self.calibration.p_values(ranked)
         mean = np.mean([one.columns for one in opinions], 0)
         return Judgement(
             score=np.mean(verdicts, 0).tolist(),
@@ -229,7 +243,8 @@ class Detector:
         numbers = safetensors.numpy.load(bundle.files["reference.safetensors"])
         weights = safetensors.torch.load(bundle.files["weights.safetensors"])
         members = [_unpack_member(spec, i, weights, numbers).on(device) for i in range(count)]
-        calibration = Calibration.of([numbers[f"calibration.{i}"] for i in range(count)], description.groups)
+        sets = sum(name.startswith("calibration.") for name in numbers)
+        calibration = Calibration.of([numbers[f"calibration.{i}"] for i in range(sets)], description.groups)
         policy = policy_of(calibration, description.alpha, description.mode)
         version, kinds = bundle.content_hash[:12], description.known_kinds
         return cls(spec, members, calibration, policy, version, numbers["seen"], kinds)
@@ -252,12 +267,12 @@ class Detector:
     def _files(self, probes: Batch | None) -> dict[str, bytes]:
         weights: dict[str, Tensor] = {}
         numbers: dict[str, npt.NDArray[Any]] = {"seen": self.seen}
+        numbers |= {f"calibration.{i}": scores for i, scores in enumerate(self.calibration.scores)}
         for i, member in enumerate(self.members):
             for place, expert in _places(i, member):
                 for name, tensor in expert.model.state_dict().items():
                     weights[f"{place}.{name}"] = tensor.detach().cpu().contiguous()
                 numbers |= {f"{place}.{name}": array for name, array in _pack_references(expert.references).items()}
-            numbers[f"calibration.{i}"] = self.calibration.scores[i]
         files = {
             "weights.safetensors": safetensors.torch.save(weights),
             "reference.safetensors": safetensors.numpy.save(numbers),

@@ -1,0 +1,60 @@
+"""A detector ranked among other normals: the same scores, new p-values, a version of its own."""
+
+import numpy as np
+import pytest
+import torch
+
+from anomaly_vae import CalibrationError, Detector
+from anomaly_vae.data import open_pictures
+from anomaly_vae.training import train
+
+
+@pytest.fixture(scope="module", params=["split", "three folds"])
+def detector(request, digits_folder, tiny_spec, tmp_path_factory):
+    if request.param == "split":
+        return Detector.load(request.getfixturevalue("tiny_bundle")).with_policy(0.05)
+    few = ["calibration.few_normals=2000", "calibration.folds=3", "data.test_fraction=0.4", "training.steps=60"]
+    path = tmp_path_factory.mktemp("folds") / "b"
+    train(tiny_spec.with_overrides(few), digits_folder, path, device="cpu")
+    return Detector.load(path).with_policy(0.05)
+
+
+@pytest.fixture(scope="module")
+def fresh(digits_folder, detector):
+    """Normals that no part of the detector has seen, and what they score."""
+    opened = open_pictures(digits_folder, detector.spec.data, detector.image)
+    new = [i for i, item in enumerate(opened.items) if item.normal and opened.fingerprints[i] not in detector.seen]
+    images = opened.images(new)
+    return images, np.array(detector.judge(images).score)
+
+
+def test_p_values_are_ranks_among_the_new_scores(detector, fresh):
+    images, scores = fresh
+    half = len(scores) // 2
+    again = detector.recalibrated(scores[:half])
+    assert again.calibration.n == half
+    assert not again.calibration.crossed
+    judged = again.judge(images[half:])
+    np.testing.assert_allclose(judged.score, scores[half:], rtol=1e-6)
+    expected = [(1 + (scores[:half] >= score).sum()) / (half + 1) for score in scores[half:]]
+    np.testing.assert_allclose(judged.p_value, expected, atol=1.5 / (half + 1))
+    assert abs(np.mean(judged.p_value) - 0.5) < 0.15
+    assert judged.outlier == [p <= again.policy.alpha for p in judged.p_value]
+    assert again.policy.threshold is not None
+
+
+def test_the_version_tells_the_detector_and_the_scores(detector, fresh, tmp_path):
+    _, scores = fresh
+    again, same, other = (detector.recalibrated(chosen) for chosen in (scores, scores[::-1], scores[1:]))
+    assert again.version == same.version
+    assert len({detector.version, again.version, other.version}) == 3
+    saved = again.save(tmp_path / "b")
+    loaded = Detector.load(tmp_path / "b")
+    assert loaded.version == saved.version
+    images = torch.zeros((2, 1, 16, 16), dtype=torch.uint8)
+    assert loaded.judge(images).p_value == again.judge(images).p_value
+
+
+def test_too_few_scores_for_the_policy_are_refused(detector, fresh):
+    with pytest.raises(CalibrationError, match="calibration images"):
+        detector.recalibrated(fresh[1][:5])
