@@ -1,0 +1,207 @@
+"""Models and what operators decide of them: which bundle, which policy, which calibration; and the log of it all."""
+
+import json
+from dataclasses import asdict
+from http import HTTPStatus
+from typing import Any
+
+from flask import Response
+
+from anomaly_vae import CalibrationError, ConfigError
+from service.answered import Audit, Model, ModelList, PolicyBook, Preview, Recalibrated
+from service.asked import ActivateWanted, AuditWanted, LoadWanted, PolicyWanted, PreviewWanted, RecalibrateWanted
+from service.auditing import changes
+from service.bodies import answer, body_of, moment, query_of, who
+from service.decisions import Decided, PolicyChoice
+from service.errors import Problem
+from service.keys import Role
+from service.models import Models, Served
+from service.policies import InForce
+from service.reviewing import Reviewed, Reviews
+from service.routes import Route
+from service.store import Store, Wanted
+
+
+class ModelPages:
+    """Routes on models. Without a `store` they can be looked at, and no more."""
+
+    def __init__(self, models: Models, store: Store | None) -> None:
+        self._models, self._store = models, store
+
+    def routes(self) -> list[Route]:
+        """All of them."""
+        one, policy = "/v1/models/<model>", "/v1/models/<model>/policy"
+        score, read, admin = Role.SCORE, Role.READ, Role.ADMIN
+        return [
+            Route("GET", "/v1/models", score, self.models, "All models", ModelList),
+            Route("GET", one, score, self.model, "One model", Model),
+            Route("POST", f"{one}:load", admin, self.load, "Load a bundle beside", Model, body=LoadWanted),
+            Route("POST", f"{one}:activate", admin, self.activate, "Answer by it", Model, body=ActivateWanted),
+            Route("POST", f"{one}:rollback", admin, self.rollback, "Answer by the one before again", Model),
+            Route("GET", policy, read, self.policy, "The policy and its history", PolicyBook),
+            Route("PUT", policy, admin, self.set_policy, "Judge by another policy", PolicyBook, body=PolicyWanted),
+            Route("POST", f"{policy}:preview", read, self.preview, "Try a policy on the last verdicts", Preview,
+                  body=PreviewWanted),
+            Route("POST", f"{policy}:rollback", admin, self.rollback_policy, "Judge by the policy before again",
+                  PolicyBook),
+            Route("POST", f"{one}:recalibrate", admin, self.recalibrate, "Rank among the reviewed normals",
+                  Recalibrated, body=RecalibrateWanted),
+            Route("GET", "/v1/audit", admin, self.audit, "Who changed what", Audit, AuditWanted),
+        ]  # fmt: skip
+
+    def models(self) -> Response:
+        shown = [self._shown(served) for served in self._models.active()]
+        return answer({"models": shown, "bundles": self._models.bundles()})
+
+    def model(self, model: str) -> Response:
+        return answer(self._shown(self._models.pick(model)))
+
+    def load(self, model: str) -> Response:
+        asked = body_of(LoadWanted)
+        loaded = self._models.load(model, asked.bundle)
+        if asked.activate:
+            self._models.activate(model, loaded.version, who())
+        return answer(self._shown(loaded))
+
+    def activate(self, model: str) -> Response:
+        return answer(self._shown(self._models.activate(model, body_of(ActivateWanted).version, who())))
+
+    def rollback(self, model: str) -> Response:
+        return answer(self._shown(self._models.rollback(model, who())))
+
+    def policy(self, model: str) -> Response:
+        return self._policy(self._models.pick(model))
+
+    def set_policy(self, model: str) -> Response:
+        asked = body_of(PolicyWanted)
+        return self._policy(self._changed(model, PolicyChoice(asked.alpha, asked.mode, asked.threshold)))
+
+    def rollback_policy(self, model: str) -> Response:
+        self._models.pick(model)
+        book = self._models.decisions.policies(model)
+        if not book:
+            raise Problem(HTTPStatus.CONFLICT, "nothing_before", f"the policy of {model} was never changed")
+        return self._policy(self._changed(model, book[1].choice if len(book) > 1 else PolicyChoice()))
+
+    def preview(self, model: str) -> Response:
+        asked, served = body_of(PreviewWanted), self._models.pick(model)
+        policy = _policy_of(served, PolicyChoice(asked.alpha, asked.mode, asked.threshold))
+        rows = self._kept().verdicts(Wanted(model=model), limit=asked.last)
+        ours = self._versions(served)
+        scores = [row["score"] for row in rows if row["version"] in ours]
+        ranks = [row["p_value"] for row in rows if row["version"] in ours]
+        if not served.detector.calibration.crossed:
+            # Of versions that were ranked otherwise.
+            ranks = served.detector.calibration.p_values(scores).tolist() if scores else []
+        now, then = (sum(one.outliers(served.detector, scores, ranks)) if scores else 0
+                     for one in (served.policy, policy))  # fmt: skip
+        shown = {"verdicts": len(scores), "flagged_now": now, "flagged_then": then}
+        return answer({"policy": asdict(policy), **shown})
+
+    def recalibrate(self, model: str) -> Response:
+        asked, served = body_of(RecalibrateWanted), self._models.pick(model)
+        reviewed = Reviews(self._kept().database).reviewed(model, sorted(self._versions(served)))
+        if asked.undo:
+            if not served.calibration or served.detector is served.own:
+                raise Problem(HTTPStatus.CONFLICT, "nothing_before", f"{model} is ranked by its bundle's own normals")
+            before, after = self._models.recalibrate(model, None, who())
+            return answer(_recalibrated(True, reviewed, before, after))
+        count = len(reviewed.normal_scores)
+        if count < asked.minimum:
+            message = (
+                f"{count} of {reviewed.drawn} pictures drawn for review are known to be normal, and it takes "
+                f"{asked.minimum}; review more of them (GET /v1/review)"
+            )
+            raise Problem(HTTPStatus.CONFLICT, "too_few_reviewed", message)
+        try:
+            if asked.preview:
+                before, after = self._models.would_be(model, reviewed.normal_scores)
+            else:
+                before, after = self._models.recalibrate(model, reviewed.normal_scores, who())
+        except (CalibrationError, ConfigError) as error:
+            message = f"the policy in force needs more reviewed normals: {error}"
+            raise Problem(HTTPStatus.CONFLICT, "too_few_reviewed", message) from None
+        return answer(_recalibrated(not asked.preview, reviewed, before, after))
+
+    def audit(self) -> Response:
+        asked = query_of(AuditWanted)
+        rows = changes(self._kept().database, asked.cursor, asked.limit + 1)
+        shown = [
+            {
+                **{name: row[name] for name in ("number", "by", "action", "subject")},
+                "at": moment(row["at"]),
+                "before": json.loads(row["before"]),
+                "after": json.loads(row["after"]),
+            }
+            for row in rows[: asked.limit]
+        ]
+        return answer({"changes": shown, "next": shown[-1]["number"] if len(rows) > asked.limit else None})
+
+    def _changed(self, model: str, choice: PolicyChoice) -> Served:
+        _policy_of(self._models.pick(model), choice)
+        return self._models.set_policy(model, choice, who())
+
+    def _policy(self, served: Served) -> Response:
+        book = self._models.decisions.policies(served.name)
+        return answer({"policy": asdict(served.policy), "revisions": [_decision(one) for one in book]})
+
+    def _kept(self) -> Store:
+        _ = self._models.decisions
+        assert self._store is not None
+        return self._store
+
+    def _versions(self, served: Served) -> set[str]:
+        """All versions that give the same scores: those of the bundle, whatever normals ranked it."""
+        book = self._models.decisions.calibrations(served.name, served.base)
+        return {served.base, *(one.choice.version for one in book)}
+
+    def _shown(self, served: Served) -> dict[str, Any]:
+        return {
+            **served.shown,
+            "bundle": served.bundle,
+            "base_version": served.base,
+            "default": served.name == self._models.first,
+            "loaded": [one.version for one in self._models.loaded(served.name)],
+            "n": served.detector.calibration.n,
+            "policy": asdict(served.policy),
+            "image": served.detector.image.model_dump(mode="json"),
+        }
+
+
+def _policy_of(served: Served, choice: PolicyChoice) -> InForce:
+    try:
+        return InForce.of(served.detector, choice)
+    except CalibrationError as error:
+        raise Problem(HTTPStatus.BAD_REQUEST, "alpha_not_supported", str(error)) from None
+    except ConfigError as error:
+        raise Problem(HTTPStatus.BAD_REQUEST, "bad_parameter", str(error)) from None
+
+
+def _decision(decided: Decided[PolicyChoice]) -> dict[str, Any]:
+    return {"revision": decided.revision, "by": decided.by, "at": moment(decided.at), **asdict(decided.choice)}
+
+
+def _recalibrated(applied: bool, reviewed: Reviewed, before: Served, after: Served) -> dict[str, Any]:
+    return {
+        "applied": applied,
+        "drawn": reviewed.drawn,
+        "judged": reviewed.judged,
+        "unclear": reviewed.unclear,
+        "normal": len(reviewed.normal_scores),
+        "before": _ranking(before, reviewed),
+        "after": _ranking(after, reviewed),
+    }
+
+
+def _ranking(served: Served, reviewed: Reviewed) -> dict[str, Any]:
+    scores, detector = reviewed.normal_scores, served.detector
+    flagged = None
+    if len(scores) and not detector.calibration.crossed:
+        ranks = detector.calibration.p_values(scores).tolist()
+        flagged = sum(served.policy.outliers(detector, scores.tolist(), ranks)) / len(scores)
+    return {
+        "version": served.version,
+        "normals": detector.calibration.n,
+        "expected_false_alarm_rate": served.policy.expected_false_alarm_rate,
+        "flagged_normals": flagged,
+    }
