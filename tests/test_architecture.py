@@ -59,10 +59,10 @@ LIBRARY = [
 ]
 SERVICE = [
     {"errors", "settings"},
-    {"batching", "metrics", "uploads", "keys", "options"},
+    {"batching", "metrics", "uploads", "keys", "options", "archives"},
     {"scoring", "allowance", "keys_command"},
     {"access"},
-    {"health"},
+    {"health", "streaming"},
     {"api"},
     {"app", "demo"},
 ]
