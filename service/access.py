@@ -1,6 +1,7 @@
 """Who may call what: every route says which role it needs, one that says nothing needs the highest."""
 
 from collections.abc import Callable
+from functools import partial
 from http import HTTPStatus
 from typing import TypeVar
 
@@ -26,7 +27,8 @@ def needs(role: Role | None) -> Callable[[_View], _View]:
 def guard(app: Flask, keyring: Keyring | None, most_bytes: int) -> None:
     """Let each request pass only with a key for it, and as often as that may; `g.key` is that key.
 
-    Without a keyring everybody may do all. A body of unknown length counts as `most_bytes`.
+    Without a keyring everybody may do all. A body of unknown length counts as `most_bytes`, until `count_body` knows
+    better. What was counted is given back once there is an answer, or as `count_until_closed` says.
     """
 
     allowance = Allowance()
@@ -40,7 +42,7 @@ def guard(app: Flask, keyring: Keyring | None, most_bytes: int) -> None:
         if role is not None:
             key, size = _admitted(keyring, role), _announced(most_bytes)
             allowance.take(key, size)
-            g.key, g.taken = key, size
+            g.key, g.taken, g.allowance = key, size, allowance
 
     @app.teardown_request
     def done(_: BaseException | None) -> None:
@@ -52,6 +54,20 @@ def guard(app: Flask, keyring: Keyring | None, most_bytes: int) -> None:
         if response.status_code == HTTPStatus.UNAUTHORIZED:
             response.headers["WWW-Authenticate"] = "Bearer"
         return response
+
+
+def count_body(size: int) -> None:
+    """Count this request's body as `size` bytes where that is more than was announced; raises `Problem`."""
+    if g.taken is not None and size > g.taken:
+        g.allowance.grow(g.key, g.taken, size)
+        g.taken = size
+
+
+def count_until_closed(answer: Response) -> None:
+    """Go on counting this request's body until `answer` has been sent to its end, or cannot be."""
+    if g.taken is not None:
+        answer.call_on_close(partial(g.allowance.give_back, g.key, g.taken))
+        g.taken = None
 
 
 def _admitted(keyring: Keyring, role: Role) -> Key:
@@ -74,7 +90,7 @@ def _announced(most: int) -> int:
     """Bytes of the body, as far as its header tells."""
     if "chunked" in request.headers.get("Transfer-Encoding", "").casefold():
         return most
-    return min(request.content_length or 0, most)
+    return request.content_length or 0
 
 
 def _presented() -> str | None:

@@ -34,18 +34,24 @@ class Allowance:
             if key.requests_per_second is not None and account.tokens < 1:
                 message = f"the key {key.name} may make {key.requests_per_second:g} requests a second; ask more slowly"
                 raise _too_much("rate_limited", message, (1 - account.tokens) / key.requests_per_second)
-            if key.bytes_in_hand is not None and account.bytes_in_hand + size > key.bytes_in_hand:
-                if size > key.bytes_in_hand:
-                    message = (
-                        f"the key {key.name} may send {key.bytes_in_hand} bytes at once; send fewer pictures a request"
-                    )
-                    raise Problem(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too_large", message)
-                message = (
-                    f"the key {key.name} may have {key.bytes_in_hand} bytes in hand at once; wait for earlier answers"
-                )
-                raise _too_much("too_many_bytes", message, 0.1)
+            self._hold(account, key, 0, size)
             account.tokens -= 1
-            account.bytes_in_hand += size
+
+    def grow(self, key: Key, size: int, new_size: int) -> None:
+        """Count a request's body as `new_size` bytes instead of `size`; raises `Problem` as `take` does."""
+        with self._lock:
+            self._hold(self._account(key), key, size, new_size)
+
+    def _hold(self, account: _Account, key: Key, size: int, new_size: int) -> None:
+        if key.bytes_in_hand is not None and account.bytes_in_hand - size + new_size > key.bytes_in_hand:
+            if new_size > key.bytes_in_hand:
+                message = (
+                    f"the key {key.name} may send {key.bytes_in_hand} bytes at once; send fewer pictures a request"
+                )
+                raise Problem(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too_large", message)
+            message = f"the key {key.name} may have {key.bytes_in_hand} bytes in hand at once; wait for earlier answers"
+            raise _too_much("too_many_bytes", message, 0.1)
+        account.bytes_in_hand += new_size - size
 
     def give_back(self, key: Key, size: int) -> None:
         """The request has been answered."""

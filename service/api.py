@@ -14,13 +14,15 @@ from flask import Blueprint, Flask, Response, g, request
 from werkzeug.exceptions import HTTPException
 
 from service.access import guard, needs
+from service.archives import BLOCK, archive_kind
 from service.errors import Problem
 from service.keys import Keyring, Role
 from service.metrics import Metrics
 from service.options import Options
 from service.scoring import Scorer, Verdict
 from service.settings import ServiceSettings
-from service.uploads import Upload, discard_body, read_body, uploads
+from service.streaming import Archives
+from service.uploads import Upload, discard_body, peek, read_body, uploads
 
 MAX_DEADLINE_MS = 600_000
 _REASONS = {
@@ -36,6 +38,7 @@ USAGE = """anomaly-vae: is this picture like the normal ones? Model {name}, vers
 
   curl --data-binary @picture.jpg {url}v1/score               one picture
   curl -F file=@a.jpg -F file=@b.jpg {url}v1/score            several
+  curl --data-binary @many.zip {url}v1/score                  a zip, tar or tar.gz; answers line by line
   curl --data-binary @picture.jpg '{url}v1/score?heatmap=png' with a heat map (base64 PNG), boxes around what is hot
   curl --data-binary @picture.jpg '{url}v1/score?alpha=0.01'  judged at another rate of false alarms, this once
 
@@ -47,6 +50,8 @@ more unusual). Header X-Deadline-Ms bounds the wait. Also here: /v1/models /read
 def api(scorer: Scorer, settings: ServiceSettings, metrics: Metrics) -> Blueprint:
     """`POST /v1/score`, `GET /v1/models` and a page of plain text for people."""
     pages = Blueprint("api", __name__)
+    archives = Archives(scorer, settings, metrics)
+    most_bytes = max(settings.max_request_bytes, settings.max_archive_bytes)
     model = {"name": scorer.name, "version": scorer.detector.version}
 
     @pages.get("/")
@@ -65,6 +70,9 @@ def api(scorer: Scorer, settings: ServiceSettings, metrics: Metrics) -> Blueprin
     @needs(Role.SCORE)
     def score() -> Response:
         options = Options.of(request.args.items(multi=True), scorer.detector)
+        if kind := archive_kind(peek(request.environ, BLOCK, most_bytes), request.mimetype):
+            deadline = g.started + _deadline_ms(settings.archive_deadline_ms) / 1000
+            return archives.answer(kind, model, _result, deadline=deadline, options=options)
         deadline = g.started + _deadline_ms(settings.deadline_ms) / 1000
         started = time.monotonic()
         body = read_body(request.environ, settings.max_request_bytes)
@@ -127,7 +135,10 @@ def install(app: Flask, metrics: Metrics, keyring: Keyring | None, most_bytes: i
 
 def _scored(model: dict[str, str], files: Sequence[Upload], outcomes: Sequence[Verdict | Problem]) -> Response:
     """200 where anything was scored; else the refusal all pictures share, or 422."""
-    results = [_result(index, file, outcome) for index, (file, outcome) in enumerate(zip(files, outcomes, strict=True))]
+    results = [
+        _result(g.request_id, index, file.name, outcome)
+        for index, (file, outcome) in enumerate(zip(files, outcomes, strict=True))
+    ]
     problems = [outcome for outcome in outcomes if isinstance(outcome, Problem)]
     if len(problems) < len(outcomes):
         return _json({"model": model, "results": results})
@@ -137,10 +148,10 @@ def _scored(model: dict[str, str], files: Sequence[Upload], outcomes: Sequence[V
     return _error(Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "no_usable_image", message), results)
 
 
-def _result(index: int, file: Upload, outcome: Verdict | Problem) -> dict[str, Any]:
-    found: dict[str, Any] = {"id": f"{g.request_id}.{index}"}
-    if file.name is not None:
-        found["filename"] = file.name
+def _result(request_id: str, index: int, name: str | None, outcome: Verdict | Problem) -> dict[str, Any]:
+    found: dict[str, Any] = {"id": f"{request_id}.{index}"}
+    if name is not None:
+        found["filename"] = name
     if isinstance(outcome, Problem):
         return {**found, "error": outcome.body()}
     found |= outcome.row

@@ -74,14 +74,19 @@ class Batcher:
         if self._error is not None:
             raise self._error
 
-    def reserve(self, places: int = 1, *, deadline: float | None = None, bulk: bool = False) -> Reservation:
-        """Take `places` in the queue, all or none; `deadline` is on this batcher's clock. Raises `NotAccepted`."""
+    def reserve(
+        self, places: int = 1, *, deadline: float | None = None, bulk: bool = False, beyond: bool = False
+    ) -> Reservation:
+        """Take `places` in the queue, all or none; `deadline` is on this batcher's clock. Raises `NotAccepted`.
+
+        `beyond`: even where the queue is full, for callers who bound what they have in hand themselves.
+        """
         with self._changed:
             if self._lost:
                 raise NotAccepted("failed")
             if self._draining:
                 raise NotAccepted("draining")
-            if self._places_taken + places > self._queue_size:
+            if not beyond and self._places_taken + places > self._queue_size:
                 raise NotAccepted("queue_full", self._wait_for(self._places_taken))
             # An idle model takes anything: a stale, too pessimistic estimate must be able to mend itself.
             idle = not self._running and not self._places_taken

@@ -19,6 +19,8 @@ REJECTIONS = (
     "too_large",
     "bad_request",
     "bad_image",
+    "bad_archive",
+    "too_many_archives",
     "unscorable",
     "no_access",
     "rate_limited",

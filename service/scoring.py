@@ -4,12 +4,14 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from anomaly_vae import BadImage, Engine, heatmap_png, regions_json
+from service.archives import Entry, too_late
 from service.batching import Batcher
 from service.errors import Problem
 from service.metrics import Metrics
@@ -106,6 +108,55 @@ class Scorer:
                     ticket.cancel()
             raise
 
+    def score_in_turn(
+        self, entries: Iterable[Entry], *, deadline: float, options: Options, source: str | None = None
+    ) -> Generator[tuple[str, Verdict | Problem], None, None]:
+        """Name and outcome of each entry in order, while later ones are still being read.
+
+        Where they cannot go on, the `Problem` is raised after the outcomes of what was accepted before. No more
+        pictures wait at once than the settings allow, of no more bytes than a request may have.
+        """
+        in_hand: deque[tuple[Entry, Ticket | Problem]] = deque()
+        end: Problem | None = None
+        try:
+            try:
+                for entry in entries:
+                    in_hand.append((entry, self._accepted(entry, deadline, options)))
+                    while in_hand and self._is_due(in_hand):
+                        yield self._finished(in_hand.popleft(), deadline, options, source)
+            except Problem as problem:
+                end = problem
+            while in_hand:
+                yield self._finished(in_hand.popleft(), deadline, options, source)
+            if end is not None:
+                raise end
+        finally:
+            for _, ticket in in_hand:
+                if isinstance(ticket, Ticket):
+                    ticket.cancel()
+
+    def _accepted(self, entry: Entry, deadline: float, options: Options) -> Ticket | Problem:
+        if isinstance(entry.content, Problem):
+            self._metrics.rejected("bad_image")
+            return entry.content
+        with self._places(1, deadline, in_turn=True) as place:
+            return self._submit(place, entry.content, deadline, options.heat != "none")
+
+    def _is_due(self, in_hand: deque[tuple[Entry, Ticket | Problem]]) -> bool:
+        """Whether the first outcome is there already, or must be waited for before more is read."""
+        first = in_hand[0][1]
+        if isinstance(first, Problem) or first.settled or len(in_hand) >= self._settings.pictures_in_hand():
+            return True
+        held = sum(len(entry.content) for entry, _ in in_hand if isinstance(entry.content, bytes))
+        return held >= self._settings.max_request_bytes
+
+    def _finished(
+        self, taken: tuple[Entry, Ticket | Problem], deadline: float, options: Options, source: str | None
+    ) -> tuple[str, Verdict | Problem]:
+        entry, ticket = taken
+        data = entry.content if isinstance(entry.content, bytes) else b""
+        return entry.name, self._outcome(ticket, data, deadline, options, source)
+
     def verdicts(self) -> int:
         """How many pictures this process has scored."""
         return self._metrics.verdicts()
@@ -118,12 +169,12 @@ class Scorer:
         """Refuse new requests and wait for the accepted ones; False if `timeout` seconds were too few."""
         return self._batcher.close(timeout)
 
-    def _places(self, count: int, deadline: float) -> Reservation:
+    def _places(self, count: int, deadline: float, in_turn: bool = False) -> Reservation:
         try:
-            return self._batcher.reserve(count, deadline=deadline, bulk=count > 1)
+            return self._batcher.reserve(count, deadline=deadline, bulk=in_turn or count > 1, beyond=in_turn)
         except NotAccepted as refusal:
             self._metrics.rejected(refusal.reason, count)
-            raise _refused(refusal) from None
+            raise too_late() if in_turn and refusal.reason == "deadline" else _refused(refusal) from None
 
     def _submit(self, places: Reservation, data: bytes, deadline: float, heatmap: bool) -> Ticket | Problem:
         try:

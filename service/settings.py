@@ -39,6 +39,12 @@ class ServiceSettings(Spec):
     max_request_bytes: int = Field(default=32 * MIB, ge=1024, le=1024 * MIB)
     max_images_per_request: int = Field(default=32, ge=1, le=4096)
 
+    max_archives: int = Field(default=2, ge=1, le=64)
+    max_archive_bytes: int = Field(default=1024 * MIB, ge=1024, le=64 * 1024 * MIB)
+    max_archive_entries: int = Field(default=10_000, ge=1, le=1_000_000)
+    max_expansion: float = Field(default=20.0, ge=1.0, le=1000.0)
+    archive_deadline_ms: int = Field(default=600_000, ge=1, le=86_400_000)
+
     compute_threads: int | None = Field(default=None, ge=1, le=1024)
     decode_threads: int | None = Field(default=None, ge=1, le=1024)
     request_threads: int | None = Field(default=None, ge=1, le=4096)
@@ -109,7 +115,11 @@ class ServiceSettings(Spec):
 
     def threads_for_requests(self) -> int:
         """Request threads: enough that the queue, not the server, is the first bound a client meets."""
-        return self.request_threads or self.queue_size + 2 * self.max_batch
+        return self.request_threads or self.queue_size + 2 * self.max_batch + self.max_archives
+
+    def pictures_in_hand(self) -> int:
+        """How many pictures of one archive may wait at once; all archives together leave others half of the queue."""
+        return max(1, self.queue_size // (2 * self.max_archives))
 
     def threads_for_decoding(self) -> int:
         """How many pictures may be decoded or drawn at once: the cores this process may use."""

@@ -130,6 +130,11 @@ class Ticket:
         assert self._scored is not None
         return self._scored
 
+    @property
+    def settled(self) -> bool:
+        """Whether `result` need not wait."""
+        return self._done.is_set()
+
     def cancel(self) -> None:
         """Withdraw: its place is free at once if it still waits; if it is being judged, the verdict is dropped."""
         self._batcher.cancel(self, NotScored("cancelled"))

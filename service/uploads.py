@@ -1,9 +1,12 @@
 """From a request's body to the files in it: read within bounds, raw or multipart, in the order they were sent."""
 
-from collections.abc import Iterator
+import io
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import IO, Any
 
 from werkzeug.http import parse_options_header
 from werkzeug.sansio.multipart import Data, Epilogue, Field, File, MultipartDecoder, NeedData
@@ -26,25 +29,72 @@ class Upload:
 
 def read_body(environ: dict[str, Any], limit: int) -> bytes:
     """Read a whole request body of at most `limit` bytes; what the client declares is never trusted."""
-    declared = _declared_length(environ)
-    if declared is not None and declared > limit:
-        # curl and others ask first for large bodies: saying no before a byte is sent is the polite answer.
-        if environ.get("HTTP_EXPECT", "").lower() != "100-continue":
-            _discard(environ, min(declared, limit + DISCARDED))
-        raise _too_large(limit)
-    if declared is None and "chunked" not in environ.get("HTTP_TRANSFER_ENCODING", "").lower():
+    message = f"the request is larger than {limit} bytes; send fewer or smaller images, or raise max_request_bytes"
+    return b"".join(_bounded(environ, limit, message))
+
+
+@contextmanager
+def spooled_body(environ: dict[str, Any], limit: int, received: Callable[[int], None]) -> Iterator[IO[bytes]]:
+    """A whole archive of at most `limit` bytes in a file that has no name, so that nothing can leave it behind.
+
+    `received` is told how many bytes have come; what it raises ends the reading.
+    """
+    message = f"the archive is larger than {limit} bytes; split it, or raise max_archive_bytes"
+    with tempfile.TemporaryFile() as file:
+        for chunk in _bounded(environ, limit, message):
+            _write(file, chunk)
+            received(file.tell())
+        file.seek(0)
+        yield file
+
+
+def peek(environ: dict[str, Any], size: int, limit: int) -> bytes:
+    """The first `size` bytes of a body, which is then read as if nobody had looked; refuses one announced to be larger
+    than `limit`, which is too much whatever it is."""
+    message = (
+        f"the request is larger than {limit} bytes, too much even for an archive; split it, or raise max_archive_bytes"
+    )
+    if _announced(environ, limit, message) is None and not _is_chunked(environ):
         return b""
-    chunks: list[bytes] = []
+    head = b"".join(_chunks(environ, size))
+    environ["wsgi.input"] = _Rejoined(head, environ["wsgi.input"])
+    return head
+
+
+class _Rejoined:
+    """A body whose head has been read already."""
+
+    def __init__(self, head: bytes, rest: Any) -> None:
+        self._head, self._rest = io.BytesIO(head), rest
+
+    def read(self, size: int) -> bytes:
+        found: bytes = self._head.read(size) or self._rest.read(size)
+        return found
+
+
+def _write(file: IO[bytes], chunk: bytes) -> None:
+    try:
+        file.write(chunk)
+        file.flush()
+    except OSError as error:
+        message = f"the service has no room for the archive now ({error.strerror}); try again later, or split it"
+        raise Problem(HTTPStatus.INSUFFICIENT_STORAGE, "no_room", message, retry_after=30.0) from None
+
+
+def _bounded(environ: dict[str, Any], limit: int, message: str) -> Iterator[bytes]:
+    """A body in chunks; raises `Problem`, with `message` if there are more than `limit` bytes."""
+    declared = _announced(environ, limit, message)
+    if declared is None and not _is_chunked(environ):
+        return
     size = 0
     for chunk in _chunks(environ, limit + 1 if declared is None else declared):
-        chunks.append(chunk)
         size += len(chunk)
-    if size > limit:
-        _discard(environ, DISCARDED)
-        raise _too_large(limit)
+        if size > limit:
+            _discard(environ, DISCARDED)
+            raise _too_large(message)
+        yield chunk
     if declared is not None and size < declared:
         raise Problem(HTTPStatus.BAD_REQUEST, "incomplete_body", f"{declared} bytes were announced, {size} came")
-    return b"".join(chunks)
 
 
 def uploads(body: bytes, content_type: str | None, max_files: int) -> list[Upload]:
@@ -105,13 +155,23 @@ def _shown_name(part: File) -> str:
     return (part.filename or part.name or "")[:255]
 
 
-def _declared_length(environ: dict[str, Any]) -> int | None:
+def _announced(environ: dict[str, Any], limit: int, message: str) -> int | None:
+    """The length the client declares, if it does; raises `Problem` for one beyond `limit`."""
     text = environ.get("CONTENT_LENGTH") or ""
     if not text:
         return None
     if not text.isascii() or not text.isdigit():
         raise Problem(HTTPStatus.BAD_REQUEST, "bad_content_length", "Content-Length is no number of bytes")
+    if int(text) > limit:
+        # curl and others ask first for large bodies: saying no before a byte is sent is the polite answer.
+        if environ.get("HTTP_EXPECT", "").lower() != "100-continue":
+            _discard(environ, min(int(text), limit + DISCARDED))
+        raise _too_large(message)
     return int(text)
+
+
+def _is_chunked(environ: dict[str, Any]) -> bool:
+    return "chunked" in environ.get("HTTP_TRANSFER_ENCODING", "").lower()
 
 
 def _chunks(environ: dict[str, Any], limit: int) -> Iterator[bytes]:
@@ -127,8 +187,7 @@ def _chunks(environ: dict[str, Any], limit: int) -> Iterator[bytes]:
 def discard_body(environ: dict[str, Any]) -> None:
     """Read what is left of the body of a request that is refused, so that the client gets to see the answer."""
     waits = environ.get("HTTP_EXPECT", "").lower() == "100-continue"
-    sends = environ.get("CONTENT_LENGTH") or "chunked" in environ.get("HTTP_TRANSFER_ENCODING", "").lower()
-    if sends and not waits:
+    if not waits and (environ.get("CONTENT_LENGTH") or _is_chunked(environ)):
         _discard(environ, DISCARDED)
 
 
@@ -137,9 +196,5 @@ def _discard(environ: dict[str, Any], limit: int) -> None:
         pass
 
 
-def _too_large(limit: int) -> Problem:
-    return Problem(
-        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-        "too_large",
-        f"the request is larger than {limit} bytes; send fewer or smaller images, or raise max_request_bytes",
-    )
+def _too_large(message: str) -> Problem:
+    return Problem(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too_large", message)

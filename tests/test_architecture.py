@@ -59,11 +59,12 @@ LIBRARY = [
 ]
 SERVICE = [
     {"errors", "settings", "ids", "schema", "database", "tickets"},
-    {"batching", "metrics", "uploads", "keys", "options", "store", "auditing"},
-    {"recorder", "decisions", "reviewing"},
-    {"scoring", "allowance", "keys_command"},
-    {"access"},
-    {"health"},
+    {"batching", "metrics", "uploads", "keys", "archives", "store", "auditing"},
+    {"recorder", "decisions", "reviewing", "allowance", "keys_command", "bodies"},
+    {"access", "policies", "answered", "asked"},
+    {"options", "models", "routes"},
+    {"scoring", "verdicts_api", "models_api"},
+    {"health", "streaming"},
     {"api"},
     {"app", "demo"},
 ]

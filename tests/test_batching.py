@@ -56,6 +56,25 @@ def test_a_model_that_cannot_start_says_why_and_accepts_nothing() -> None:
     assert not lost
 
 
+def test_who_bounds_himself_is_taken_beyond_a_full_queue_and_others_count_him() -> None:
+    judge = Judge(open_=False)
+    batcher = made(judge, max_batch=4, queue_size=2)
+    first = held_up(judge, batcher)
+    beyond = [put(batcher, value, bulk=True, beyond=True) for value in (2, 3, 4)]
+    with pytest.raises(NotAccepted) as refusal:
+        batcher.reserve()
+    assert refusal.value.reason == "queue_full"
+    assert not first.settled
+    judge.gate.set()
+    assert [ticket.result().row["score"] for ticket in [first, *beyond]] == [1, 2, 3, 4]
+    assert all(ticket.settled for ticket in [first, *beyond])
+    batcher.drain()
+    with pytest.raises(NotAccepted) as refusal:
+        batcher.reserve(beyond=True)
+    assert refusal.value.reason == "draining"
+    assert batcher.close(SOON)
+
+
 def test_places_are_bounded_taken_all_or_none_and_given_back() -> None:
     judge = Judge(open_=False)
     batcher = made(judge, max_batch=4, queue_size=5)
