@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from anomaly_vae.errors import TrainingError as TrainingError
     from anomaly_vae.estimator import VAEOutlierDetector as VAEOutlierDetector
     from anomaly_vae.images import ImageSpec as ImageSpec
+    from anomaly_vae.images import decode as decode
+    from anomaly_vae.images import encode_png as encode_png
     from anomaly_vae.recipe import DetectorSpec as DetectorSpec
     from anomaly_vae.regions import regions_json as regions_json
     from anomaly_vae.rendering import heatmap_png as heatmap_png
@@ -50,7 +52,9 @@ _HOME = {
     "Spec": "spec",
     "TrainingError": "errors",
     "VAEOutlierDetector": "estimator",
+    "decode": "images",
     "dump_yaml": "spec",
+    "encode_png": "images",
     "heatmap_png": "rendering",
     "override": "spec",
     "parse_yaml": "spec",

@@ -1,342 +1,132 @@
-"""Putting the service together (`create_app`), running it under granian (`serve`), and the `serve` command.
+"""Putting the service together: models behind one queue, the store, metrics and all routes in one Flask application."""
 
-The command's process stays light: it never touches torch, only watches over one worker process, which loads the model
-after it was started (a process forked after CUDA was initialised cannot use CUDA) and is started again if it dies.
-Imports of anything heavy are therefore inside functions.
-"""
-
-import errno
-import logging
-import math
-import multiprocessing
-import multiprocessing.util
-import os
-import signal
-import socket
-import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from flask import Flask
+from prometheus_client import CollectorRegistry
+from sqlalchemy.exc import SQLAlchemyError
 
-if TYPE_CHECKING:
-    from flask import Flask
-    from prometheus_client import CollectorRegistry
+from anomaly_vae import Detector, Engine
+from service.api import ScorePages
+from service.edge import install
+from service.health import Readiness, health_pages
+from service.keeping import Keeper
+from service.keys import Keyring
+from service.metrics import Metrics
+from service.models import Models
+from service.models_api import ModelPages
+from service.recorder import Recorder
+from service.routes import blueprint
+from service.scoring import Scorer
+from service.settings import ServiceSettings
+from service.store import Kept, Store
+from service.verdicts_api import VerdictPages
 
-    from anomaly_vae import Detector
-    from service.health import Readiness
-    from service.scoring import Scorer
-    from service.settings import ServiceSettings
+_LOOK_SECONDS = 1.0
+"""How often a process asks the store whether another one decided anything."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """What has to be ended in good order."""
+
+    scorer: Scorer
+    recorder: Recorder | None
+    store: Store | None
+    ending: threading.Event
+
+    def close(self, timeout: float) -> tuple[bool, bool]:
+        """Finish what was accepted, and keep what is to be kept; whether both were done in so many seconds."""
+        until = time.monotonic() + timeout
+        self.ending.set()
+        finished = self.scorer.close(timeout)
+        kept = True
+        if self.recorder is not None:
+            # A store that is well takes a moment for what waits, however late the pictures were done.
+            ended = self.recorder.close(max(5.0, until - time.monotonic()))
+            kept = ended and not self.recorder.standing()["lost_verdicts"]
+        if self.store is not None and kept:
+            self.store.close()
+        return finished, kept
 
 
 def create_app(
-    settings: "ServiceSettings",
-    load: "Callable[[], Detector]",
+    settings: ServiceSettings,
+    name: str,
+    load: Callable[[], Detector],
+    open_bundle: Callable[[Path], Detector] = Detector.load,
     *,
-    name: str = "default",
-    readiness: "Readiness | None" = None,
-    registry: "CollectorRegistry | None" = None,
+    store: Store | None = None,
+    readiness: Readiness | None = None,
+    registry: CollectorRegistry | None = None,
     on_lost: Callable[[Exception], None] = lambda _: None,
-) -> "Flask":
-    """The Flask application around a detector, warmed up; `app.extensions["scorer"]` drains and closes it.
+) -> Flask:
+    """The Flask application, warmed up; `app.extensions["running"]` drains and closes it.
 
-    `load` returns the detector, such as `lambda: Detector.load(path)`, and is called on the model's own thread. A given
-    `readiness` is left to the caller to make ready; without one the application is ready at once. `on_lost` is called
-    when the model cannot judge any more and the process should end.
+    `load` returns the first detector, of the bundle `name`, and is called on the models' own thread; `open_bundle`
+    loads others by name. A given `readiness` is left to the caller to make ready; without one the application is ready
+    at once. `on_lost` is called when no model can judge any more and the process should end.
     """
-    from flask import Flask
-    from prometheus_client import CollectorRegistry
-
-    from service.api import api, install
-    from service.health import Readiness, health_pages
-    from service.keys import Keyring
-    from service.metrics import Metrics
-    from service.scoring import Scorer
-
     keyring = Keyring(settings.keys) if settings.keys else None
-    stands = readiness or Readiness()
-    registry = registry or CollectorRegistry()
+    stands, registry = readiness or Readiness(), registry or CollectorRegistry()
     metrics = Metrics(registry, settings.source)
+    recorder = _recorder(store, settings, metrics)
 
     def lost(error: Exception) -> None:
         stands.become("failed")
         on_lost(error)
 
-    scorer = Scorer(load, settings.model or name, settings, metrics, lost)
+    def engine(detector: Detector) -> Engine:
+        return Engine(detector, settings.device, settings.max_batch)
+
+    models = Models(
+        engine, open_bundle, settings.models, store.database if store else None,
+        lambda served: metrics.in_force(served.name, served.version, served.policy.expected_false_alarm_rate),
+    )  # fmt: skip
+    keeper = Keeper(recorder, store.worker if store else 0, settings.source, settings.images, settings.review_share)
+    model = settings.model or name
+    scorer = Scorer(models, lambda: models.start(model, name, load()), settings, metrics, keeper, lost)
+    running = Running(scorer, recorder, store, threading.Event())
+    if store is not None:
+        threading.Thread(target=_follow, args=(models, running.ending), name="follower", daemon=True).start()
+    if recorder is not None:
+        stands.tell("store", recorder.standing)
     app = Flask("service", static_folder=None)
     app.url_map.strict_slashes = False
-    install(app, metrics, keyring, settings.max_request_bytes)
-    app.register_blueprint(api(scorer, settings, metrics))
+    install(app, metrics, keyring, settings.most_bytes())
+    _add_pages(app, scorer, store, settings, metrics)
     app.register_blueprint(health_pages(stands, registry))
-    app.extensions["scorer"] = scorer
+    app.extensions["running"] = running
     if readiness is None:
         stands.become("ready")
     return app
 
 
-def serve(bundle: Path, settings: "ServiceSettings") -> None:
-    """Serve a bundle until SIGTERM or Ctrl-C, then finish what was accepted; raises `AnomalyVaeError`."""
-    from granian import Granian
-    from granian.constants import HTTPModes, Interfaces
-    from granian.log import LogLevels
-
-    from anomaly_vae import AnomalyVaeError
-
-    with _claimed(settings.host, settings.port, "port") as main:
-        port = main.getsockname()[1]
-        with _claimed(settings.host, settings.separate_health_port(port), "health_port") as health:
-            place = Place(bundle, settings, port, health.getsockname()[1])
-            lifeline, held = multiprocessing.Pipe(duplex=False)
-            told, report = multiprocessing.Pipe(duplex=False)
-            server = Granian(
-                "service.app",
-                address=settings.host,
-                port=port,
-                interface=Interfaces.WSGI,
-                http=HTTPModes.http1,
-                blocking_threads=settings.threads_for_requests(),
-                backlog=settings.backlog,
-                backpressure=settings.backlog,
-                respawn_failed_workers=True,
-                workers_kill_timeout=math.ceil(settings.drain_seconds),
-                log_level=LogLevels.error,
-                ssl_cert=settings.tls_certificate,
-                ssl_key=settings.tls_key,
-            )
-            code = _until_stopped(server, partial(_load, place, lifeline, held, report))
-    if told.poll():
-        code, message = told.recv()
-    elif code:
-        message = "the process that holds the model keeps dying; its last words are above"
-    if code:
-        error = AnomalyVaeError(message)
-        error.exit_code = code
-        raise error
+def _add_pages(app: Flask, scorer: Scorer, store: Store | None, settings: ServiceSettings, metrics: Metrics) -> None:
+    scores = ScorePages(scorer, settings, metrics)
+    routes = [*scores.routes(), *ModelPages(scorer.models, store).routes()]
+    if store is not None:
+        routes += VerdictPages(store, scores.heatmap).routes()
+    app.register_blueprint(blueprint("api", routes))
 
 
-def serve_command(
-    bundle: Annotated[Path, typer.Argument(help="Folder of a trained detector.", show_default=False)],
-    config: Annotated[Path | None, typer.Option(help="YAML settings; see configs/service.yaml.")] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
-    port: Annotated[int | None, typer.Option(help="Port; 0 takes any free one.", show_default="8765")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.", show_default="auto")] = None,
-    override: Annotated[
-        list[str] | None, typer.Option("--override", "-o", metavar="KEY=VALUE", help="Any other setting.")
-    ] = None,
-) -> None:
-    """Serve a detector over HTTP until Ctrl-C: POST pictures to /v1/score, get calibrated verdicts."""
-    from service.settings import ServiceSettings
-
-    given = {"host": host, "port": port, "device": device}
-    options = [f"{key}={value}" for key, value in given.items() if value is not None]
-    serve(bundle, ServiceSettings.load(config, [*options, *(override or [])]))
+def _recorder(store: Store | None, settings: ServiceSettings, metrics: Metrics) -> Recorder | None:
+    if store is None:
+        return None
+    picture_bytes = None if settings.picture_megabytes is None else settings.picture_megabytes << 20
+    kept = Kept(settings.verdict_days, settings.picture_days, picture_bytes)
+    return Recorder(store, metrics, kept, settings.flush_ms / 1000, settings.store_buffer)
 
 
-@dataclass(frozen=True)
-class Place:
-    """What is served where; the ports are those really taken."""
-
-    bundle: Path
-    settings: "ServiceSettings"
-    port: int
-    health_port: int
-
-    def url(self, port: int) -> str:
-        host = self.settings.host
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-    @property
-    def address(self) -> str:
-        """Where the service answers."""
-        url = self.url(self.port)
-        return url.replace("http:", "https:", 1) if self.settings.tls_certificate else url
-
-
-def _until_stopped(server: Any, loader: Callable[[], "Flask"]) -> int:
-    try:
-        server.serve(target_loader=loader, wrap_loader=False)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 1
-    return 0
-
-
-def _claimed(host: str, port: int, setting: str) -> socket.socket:
-    """A socket that keeps a port without listening, for the worker to share; raises `ConfigError` if it is taken.
-
-    The server shares ports (SO_REUSEPORT), so that without this a second service on the same port would silently get
-    every other request of the first.
-    """
-    from anomaly_vae import ConfigError
-
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family) as alone:
-            alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            alone.bind(address)
-            taken = alone.getsockname()
-        shared = socket.socket(family)
-        shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        shared.bind(taken)
-    except OSError as error:
-        what = f"{host}:{port} cannot be listened on ({error.strerror})"
-        if setting == "health_port":
-            what += ", the port after --port, for health and metrics; set -o health_port=0 for any free one"
-        elif error.errno == errno.EACCES:
-            what += "; ports below 1024 need root: choose a higher one"
-        else:
-            what += "; stop what uses it or choose another --port, 0 for any free one"
-        raise ConfigError(f"{setting}: {what}") from None
-    return shared
-
-
-def _load(place: Place, lifeline: Connection, held: Connection, report: Connection) -> "Flask":
-    """The application, in the worker process; what goes wrong is reported to the command's process, which ends."""
-    from anomaly_vae import AnomalyVaeError
-
-    # Until granian takes them over: the handlers inherited from the command's process would lose a SIGTERM.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    held.close()
-    _stop_the_server_once()
-    try:
-        return _start(place, lifeline)
-    except AnomalyVaeError as error:
-        report.send((error.exit_code, str(error)))
-    except Exception as error:
-        traceback.print_exc()
-        report.send((1, f"the service could not start: {type(error).__name__}: {error}"))
-    os.kill(os.getppid(), signal.SIGTERM)
-    while True:
-        signal.pause()
-
-
-def _start(place: Place, lifeline: Connection) -> "Flask":
-    # How long OpenMP's threads spin before they sleep; it is read when torch is first imported. On two cores a picture
-    # then takes 4 ms, or 6 beside other programs; without spinning 8 and 4, with ten times more 4 and 30.
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    import prometheus_client
-
-    from service.health import Readiness, serve_health
-
-    prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the series and tell what process_start_time tells
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    settings = place.settings
-    readiness, registry = Readiness(), prometheus_client.CollectorRegistry()
-    serve_health(settings.host, place.health_port, readiness, registry)
-    app = create_app(
-        settings,
-        lambda: _detector(place),
-        name=place.bundle.resolve().name,
-        readiness=readiness,
-        registry=registry,
-        on_lost=_give_up,
-    )
-    scorer: Scorer = app.extensions["scorer"]
-    _drain_on_signal(readiness, scorer, lifeline)
-    # Whatever ends this process, the accepted pictures are judged first.
-    multiprocessing.util.Finalize(None, _farewell, args=(scorer, settings.drain_seconds), exitpriority=1)
-    threading.Thread(target=_announce, args=(place, scorer, readiness), name="announce", daemon=True).start()
-    return app
-
-
-def _detector(place: Place) -> "Detector":
-    """The bundle's detector; raises `ConfigError` for one whose scores take seconds a picture."""
-    from anomaly_vae import ConfigError, Detector, pick_device
-
-    detector = Detector.load(place.bundle, pick_device(place.settings.device))
-    if detector.spec.offline:
-        raise ConfigError(f"{place.bundle} holds scores too slow for a service (offline: true); use anomaly-vae scan")
-    return detector
-
-
-def _give_up(error: Exception) -> None:
-    """The model is lost: end this process in good order; the command's process starts another."""
-    logging.getLogger(__name__).error("the model cannot judge any more: %s: %s", type(error).__name__, error)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _stop_the_server_once() -> None:
-    """Pass only the first signal to stop on to granian: told twice, as by Ctrl-C and its parent, it hangs for good."""
-    from granian import _signals
-
-    install: Callable[..., None] = _signals.set_main_signals
-
-    def install_once(stop: Callable[[int, Any], None], reload: Callable[[int, Any], None] | None = None) -> None:
-        first = threading.Lock()
-
-        def handler(number: int, frame: Any) -> None:
-            if first.acquire(blocking=False):
-                stop(number, frame)
-
-        install(handler, reload)
-
-    _signals.set_main_signals = install_once
-
-
-def _drain_on_signal(readiness: "Readiness", scorer: "Scorer", lifeline: Connection) -> None:
-    """Be unready from the instant a signal to stop comes, or the command's process is gone (`lifeline` ends)."""
-    told, tell = socket.socketpair()
-    tell.setblocking(False)
-    signal.set_wakeup_fd(tell.fileno(), warn_on_full_buffer=False)
-
-    def watch() -> None:
-        while lifeline not in wait([lifeline, told]):
-            if {signal.SIGTERM, signal.SIGINT} & set(told.recv(64)):
-                break
-        readiness.become("draining")
-        scorer.drain()
-        # The kernel may give a signal to any thread, and handlers run only once the main thread wakes, which nothing
-        # may ever make it do: so the server's handler is called here as well.
-        handler = signal.getsignal(signal.SIGTERM)
-        if callable(handler):
-            handler(signal.SIGTERM, None)
-        else:
-            os.kill(os.getpid(), signal.SIGTERM)
-        while tell and told.recv(64):  # further signals are still written here: both ends stay open and read
-            pass
-
-    threading.Thread(target=watch, name="signals", daemon=True).start()
-
-
-def _announce(place: Place, scorer: "Scorer", readiness: "Readiness") -> None:
-    """Be ready, and say so, once the front door itself answers."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(place.settings.host, place.settings.host)  # noqa: S104
-    until = time.monotonic() + 60
-    while True:
+def _follow(models: Models, ending: threading.Event) -> None:
+    """Do what other processes decide; a database tells nobody of its own accord."""
+    while not ending.wait(_LOOK_SECONDS):
         try:
-            with socket.create_connection((host, place.port), timeout=5):
-                break
-        except OSError:
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.02)
-    readiness.become("ready")
-    _say(_welcome(place, scorer))
-
-
-def _welcome(place: Place, scorer: "Scorer") -> str:
-    policy, url = scorer.detector.policy, place.address
-    return f"""ready: model {scorer.name}, version {scorer.detector.version}
-  address  {url}
-  try      curl -F file=@picture.jpg {url}/v1/score
-  verdict  outlier when p <= {policy.alpha:g} ({policy.mode}): {policy.expected_false_alarm_rate:.2%} false alarms
-  health   {place.url(place.health_port)}/ready, metrics at /metrics
-  stop     Ctrl-C; what was accepted is finished first
-"""
-
-
-def _farewell(scorer: "Scorer", drain_seconds: float) -> None:
-    finished = scorer.close(drain_seconds)
-    _say(f"stopped: {scorer.verdicts()} pictures scored" + ("" if finished else ", some accepted ones not") + "\n")
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+            models.refresh()
+        except SQLAlchemyError:
+            # The recorder says that the store is down; what was decided last still holds.
+            continue

@@ -30,6 +30,16 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
+class ScoreWanted(Spec):
+    """`heatmap`: boxes around what is hot, or those and a PNG. `alpha`: judge this reply at another rate of false
+    alarms. `parts`: every score beside the fused one."""
+
+    model: Name | None = None
+    heatmap: Literal["none", "regions", "png"] = "none"
+    alpha: Share | None = None
+    parts: bool = True
+
+
 class PolicyWanted(Spec):
     """`alpha` (a rate of false alarms) and perhaps `mode`, or a `threshold` of the score; nothing: the bundle's own."""
 

@@ -6,6 +6,7 @@ model.
 
 import socket
 import threading
+from collections.abc import Callable
 from http import HTTPStatus
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Any, Literal
@@ -26,10 +27,19 @@ class Readiness:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._state: State = "loading"
+        self._more: dict[str, Callable[[], Any]] = {}
 
     @property
     def state(self) -> State:
         return self._state
+
+    def tell(self, name: str, standing: Callable[[], Any]) -> None:
+        """Say with every answer how something beside the model stands, which keeps nobody from scoring."""
+        self._more[name] = standing
+
+    def told(self) -> dict[str, Any]:
+        """What `tell` named, as it stands now."""
+        return {name: standing() for name, standing in list(self._more.items())}
 
     def become(self, state: State) -> None:
         """Move on; a process that drains or failed never becomes ready again."""
@@ -54,7 +64,7 @@ def health_pages(readiness: Readiness, registry: CollectorRegistry) -> Blueprint
     def ready() -> tuple[Response, HTTPStatus]:
         state = readiness.state
         status = HTTPStatus.OK if state == "ready" else HTTPStatus.SERVICE_UNAVAILABLE
-        return jsonify(ready=state == "ready", state=state), status
+        return jsonify(ready=state == "ready", state=state, **readiness.told()), status
 
     @pages.get("/metrics")
     @needs(Role.READ)

@@ -1,5 +1,6 @@
 """`Metrics`: what Prometheus sees, on a registry that is handed in; every label has few values, all known here."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -33,6 +34,9 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry, source: str = "default") -> None:
         self.registry = registry
         self._source = source
+        self._versions: dict[str, str] = {}
+        self._ratios: dict[tuple[str, str], float] = {}
+        self._sources: dict[tuple[str, str, str], _OfSource] = {}
         ProcessCollector(registry=registry)
         self._declare_traffic(registry)
         self._declare_verdicts(registry)
@@ -96,22 +100,30 @@ class Metrics:
         self._store_waiting.set_function(waiting)
         self._store_up.set_function(up)
 
-    def announce_model(self, model: str, version: str, expected_outlier_ratio: float) -> None:
-        """Name the model in force; its counters start at 0 so that the first outlier is a visible increase."""
-        self._model, self._ratio = (model, version), expected_outlier_ratio
-        self._sources: dict[str, _OfSource] = {}
-        self._of(self._source)
+    def in_force(self, model: str, version: str, expected_outlier_ratio: float) -> None:
+        """Name the version of a model that answers from now on; its counters start at 0, so that the first outlier is a
+        visible increase."""
+        before = self._versions.get(model)
+        if before not in (None, version):
+            self._info.remove(model, str(before))
+        self._versions[model] = version
         self._info.labels(model, version).set(1)
+        self._ratios[model, version] = expected_outlier_ratio
+        self._of(model, version, self._source)
+        for labels, counted in list(self._sources.items()):
+            if labels[:2] == (model, version):
+                counted.expected.set(expected_outlier_ratio)
 
-    def _of(self, source: str) -> "_OfSource":
+    def _of(self, model: str, version: str, source: str) -> "_OfSource":
         """The counters of one source; there are as many as the operator named, in keys and settings."""
-        if source not in self._sources:
-            labels = (*self._model, source)
-            self._expected.labels(*labels).set(self._ratio)
-            self._sources[source] = _OfSource(
-                self._scored.labels(*labels), self._outliers.labels(*labels), self._p_values.labels(*labels)
+        labels = (model, version, source)
+        if labels not in self._sources:
+            expected = self._expected.labels(*labels)
+            expected.set(self._ratios.get((model, version), math.nan))
+            self._sources[labels] = _OfSource(
+                self._scored.labels(*labels), self._outliers.labels(*labels), self._p_values.labels(*labels), expected
             )
-        return self._sources[source]
+        return self._sources[labels]
 
     def watch_queue(self, depth: Callable[[], float], oldest_seconds: Callable[[], float]) -> None:
         """Read the queue when scraped."""
@@ -136,16 +148,16 @@ class Metrics:
         self._rejected.labels(reason).inc(count)
 
     def verdicts(self) -> int:
-        """How many pictures were scored under the model in force."""
+        """How many pictures this process has scored."""
         named = ("model", "version", "source")
-        of_sources = (dict(zip(named, (*self._model, source), strict=True)) for source in list(self._sources))
+        of_sources = (dict(zip(named, labels, strict=True)) for labels in list(self._sources))
         return sum(
             int(self.registry.get_sample_value("anomaly_images_scored_total", labels) or 0) for labels in of_sources
         )
 
-    def verdict(self, p_value: float, outlier: bool, source: str | None = None) -> None:
+    def verdict(self, model: str, version: str, p_value: float, outlier: bool, source: str | None = None) -> None:
         """One picture scored under the policy in force; `source`: where it came from, if the key told."""
-        counted = self._of(source or self._source)
+        counted = self._of(model, version, source or self._source)
         counted.scored.inc()
         counted.p_values.observe(p_value)
         if outlier:
@@ -156,3 +168,4 @@ class _OfSource(NamedTuple):
     scored: Counter
     outliers: Counter
     p_values: Histogram
+    expected: Gauge

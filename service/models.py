@@ -102,6 +102,20 @@ class Models:
             raise Problem(HTTPStatus.NOT_FOUND, "unknown_model", message)
         return served
 
+    def current(self, picked: Served) -> Served:
+        """What was picked under the policy in force now, which may be another than when it was picked."""
+        now = self._active.get(picked.name)
+        return now if now is not None and now.target is picked.target else picked
+
+    def that_scored(self, name: str, version: str) -> Served:
+        """A loaded version that gives the scores that `version` gave; raises `Problem`."""
+        for one in self.loaded(name):
+            book = self.decisions.calibrations(name, one.base)
+            if version in (one.version, one.base, *(decided.choice.version for decided in book)):
+                return one
+        message = f"version {version} of {name} is not loaded any more; load its bundle to see what it saw"
+        raise Problem(HTTPStatus.GONE, "version_gone", message)
+
     def active(self) -> list[Served]:
         """All models, by name."""
         return [self._active[name] for name in sorted(self._active)]

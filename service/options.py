@@ -6,51 +6,48 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Literal
 
-from anomaly_vae import CalibrationError, Detector, Policy
+from anomaly_vae import CalibrationError, Detector
+from service.decisions import PolicyChoice
 from service.errors import Problem
+from service.models import Served
+from service.policies import InForce
 
 Heat = Literal["none", "regions", "png"]
 """What is wanted of heat maps: nothing, boxes around what they show, or those and the drawn map."""
 
 _HEATS: dict[str, Heat] = {"none": "none", "regions": "regions", "png": "png"}
 _SAID = {"true": True, "1": True, "false": False, "0": False}
-_KNOWN = "heatmap=png or regions, alpha=0.01, parts=false"
+_KNOWN = "model=NAME, heatmap=png or regions, alpha=0.01, parts=false"
 
 
 @dataclass(frozen=True)
 class Options:
-    """`policy`: judge this reply by it instead of the one in force, which the metrics go on counting by."""
+    """`policy`: judge this reply by it instead of the one in force, which the store and the metrics go on with."""
 
     heat: Heat = "none"
-    policy: Policy | None = None
+    policy: InForce | None = None
     parts: bool = True
 
     @classmethod
-    def of(cls, arguments: Iterable[tuple[str, str]], detector: Detector) -> "Options":
+    def of(cls, arguments: Iterable[tuple[str, str]], served: Served) -> "Options":
         """From the query's (name, value) pairs, the last of a name counting; raises `Problem`."""
         found: dict[str, Any] = {}
         for name, value in arguments:
             if name == "heatmap":
                 found["heat"] = _heat(value)
             elif name == "alpha":
-                found["policy"] = _policy(value, detector)
+                found["policy"] = _policy(value, served)
             elif name == "parts":
                 found["parts"] = _flag(name, value)
-            else:
+            elif name != "model":
                 message = f"there is no parameter {name[:40]!r}; there are {_KNOWN}"
                 raise Problem(HTTPStatus.BAD_REQUEST, "unknown_parameter", message)
         return cls(**found)
 
     def applied(self, row: dict[str, Any], detector: Detector) -> dict[str, Any]:
         """A verdict's row as this request wants it."""
-        row = dict(row)
-        if not self.parts:
-            del row["parts"]
-        if self.policy is not None:
-            alpha, mode = self.policy.alpha, self.policy.mode
-            outlier = bool(detector.calibration.outliers([row["p_value"]], alpha, mode)[0])
-            row |= {"outlier": outlier, "alpha": alpha, "threshold": self.policy.threshold}
-        return row
+        row = row if self.policy is None else self.policy.applied(row, detector)
+        return row if self.parts else {name: value for name, value in row.items() if name != "parts"}
 
 
 def _heat(value: str) -> Heat:
@@ -59,7 +56,7 @@ def _heat(value: str) -> Heat:
     return _HEATS[value]
 
 
-def _policy(value: str, detector: Detector) -> Policy:
+def _policy(value: str, served: Served) -> InForce:
     try:
         alpha = float(value)
     except ValueError:
@@ -67,7 +64,7 @@ def _policy(value: str, detector: Detector) -> Policy:
     if not 0 < alpha < 1:
         raise _bad(f"alpha is a rate of false alarms between 0 and 1, such as 0.01, not {value[:40]!r}")
     try:
-        return detector.with_policy(alpha).policy
+        return InForce.of(served.detector, PolicyChoice(alpha), served.policy.revision)
     except CalibrationError as error:
         raise Problem(HTTPStatus.BAD_REQUEST, "alpha_not_supported", str(error)) from None
 

@@ -15,7 +15,7 @@ from service.keys import Role
 class Route:
     """`query`, `body`: what is asked, as types. `reply`: what success answers, as a type, or media types.
 
-    `more`: media types that may be asked for instead.
+    `more`: media types that it may answer instead; `takes`: those of a body that is no JSON.
     """
 
     method: str
@@ -27,6 +27,7 @@ class Route:
     query: type[Spec] | None = None
     body: type[Spec] | None = None
     more: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()
 
 
 def blueprint(name: str, routes: Sequence[Route]) -> Blueprint:

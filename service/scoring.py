@@ -1,6 +1,5 @@
-"""`Scorer`: files in, verdicts out, without a word of HTTP: places in the queue, decoding, the model, the counting."""
+"""From uploads to verdicts: reserve, decode, judge by the queue's model, keep; each picture fails on its own."""
 
-import logging
 import math
 import threading
 import time
@@ -10,22 +9,22 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from anomaly_vae import BadImage, Engine, heatmap_png, regions_json
+from anomaly_vae import BadImage, heatmap_png, regions_json
 from service.archives import Entry, too_late
 from service.batching import Batcher
 from service.errors import Problem
+from service.keeping import Keeper
 from service.metrics import Metrics
+from service.models import Models, Served
 from service.options import Options
+from service.refusals import failed, late, refused
 from service.settings import ServiceSettings
-from service.tickets import Judge, NotAccepted, NotScored, Reservation, Scored, Ticket
+from service.tickets import Judge, NotAccepted, NotScored, Reservation, Scored, Target, Ticket
 from service.uploads import Upload
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from anomaly_vae import Detector
-
-_log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _BAD_IMAGE_STATUS = {
     "empty": HTTPStatus.BAD_REQUEST,
@@ -36,31 +35,45 @@ _BAD_IMAGE_STATUS = {
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """One picture's row as the library gives it, and its heat map as PNG where asked for."""
+class Asked:
+    """A request to score: by which version of which model, until when (`time.monotonic()`), what is wanted, and whose
+    it is."""
 
+    served: Served
+    deadline: float
+    options: Options
+    request_id: str
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A picture's row as the request wants it, the id it is kept under, and its heat map as PNG where asked for."""
+
+    id: str
     row: dict[str, Any]
     heatmap: bytes | None
 
 
 class Scorer:
-    """One model behind its queue; `score` may be called from any number of threads.
+    """All models behind one queue; `score` may be called from any number of threads.
 
-    `load` is called on the thread that will own the model. Nothing of it may run elsewhere: a second thread that
+    `start` is called on the thread that will own the models. Little of them may run elsewhere: a second thread that
     computes has OpenMP threads of its own, and with more of them than cores every batch takes twice as long.
     """
 
     def __init__(
         self,
-        load: Callable[[], "Detector"],
-        name: str,
+        models: Models,
+        start: Callable[[], Target],
         settings: ServiceSettings,
         metrics: Metrics,
+        keeper: Keeper,
         on_lost: Callable[[Exception], None] = lambda _: None,
     ) -> None:
-        self.name = name
-        self._load, self._settings = load, settings
-        self._metrics = metrics
+        self.models = models
+        self._start_models, self._settings = start, settings
+        self._metrics, self._keeper = metrics, keeper
         self._decoders = threading.BoundedSemaphore(settings.threads_for_decoding())
         self._batcher = Batcher(
             self._start,
@@ -72,7 +85,7 @@ class Scorer:
             on_lost=on_lost,
         )
         self._batcher.until_started()
-        metrics.announce_model(name, self.detector.version, self.detector.policy.expected_false_alarm_rate)
+        models.started(self._batcher.run)
         metrics.watch_queue(self._batcher.depth, self._batcher.oldest_seconds)
 
     def _start(self) -> tuple[Judge, "Tensor"]:
@@ -80,28 +93,19 @@ class Scorer:
 
         if self._settings.compute_threads is not None:
             torch.set_num_threads(self._settings.compute_threads)
-        engine = Engine(self._load(), self._settings.device, self._settings.max_batch)
-        engine.warm()
-        self.detector, self._prepare = engine.detector, engine.prepare
-        image = engine.detector.image
-        return engine.judge, torch.zeros((image.channels, image.height, image.width), dtype=torch.uint8)
+        return self._start_models()
 
-    def score(
-        self, files: Sequence[Upload], *, deadline: float, options: Options, source: str | None = None
-    ) -> list[Verdict | Problem]:
+    def score(self, files: Sequence[Upload], asked: Asked) -> list[Verdict | Problem]:
         """One outcome a file, in order; raises `Problem` if all are refused.
-
-        `deadline` is a `time.monotonic()`, `source` what the pictures are counted under.
 
         Several files share the bulk lane, so that a large request does not delay the single pictures of others.
         """
         tickets: list[Ticket | Problem] = []
         try:
-            with self._places(len(files), deadline) as places:
+            with self._places(len(files), asked) as places:
                 for file in files:  # one by one: what is queued when a later one fails must be known
-                    tickets.append(self._submit(places, file.data, deadline, options.heat != "none"))  # noqa: PERF401
-            pairs = zip(tickets, files, strict=True)
-            return [self._outcome(ticket, file.data, deadline, options, source) for ticket, file in pairs]
+                    tickets.append(self._submit(places, file, asked))  # noqa: PERF401
+            return [self._outcome(ticket, file, asked) for ticket, file in zip(tickets, files, strict=True)]
         except BaseException:
             for ticket in tickets:
                 if isinstance(ticket, Ticket):
@@ -109,7 +113,7 @@ class Scorer:
             raise
 
     def score_in_turn(
-        self, entries: Iterable[Entry], *, deadline: float, options: Options, source: str | None = None
+        self, entries: Iterable[Entry], asked: Asked
     ) -> Generator[tuple[str, Verdict | Problem], None, None]:
         """Name and outcome of each entry in order, while later ones are still being read.
 
@@ -121,13 +125,13 @@ class Scorer:
         try:
             try:
                 for entry in entries:
-                    in_hand.append((entry, self._accepted(entry, deadline, options)))
+                    in_hand.append((entry, self._accepted(entry, asked)))
                     while in_hand and self._is_due(in_hand):
-                        yield self._finished(in_hand.popleft(), deadline, options, source)
+                        yield self._finished(in_hand.popleft(), asked)
             except Problem as problem:
                 end = problem
             while in_hand:
-                yield self._finished(in_hand.popleft(), deadline, options, source)
+                yield self._finished(in_hand.popleft(), asked)
             if end is not None:
                 raise end
         finally:
@@ -135,27 +139,17 @@ class Scorer:
                 if isinstance(ticket, Ticket):
                     ticket.cancel()
 
-    def _accepted(self, entry: Entry, deadline: float, options: Options) -> Ticket | Problem:
-        if isinstance(entry.content, Problem):
-            self._metrics.rejected("bad_image")
-            return entry.content
-        with self._places(1, deadline, in_turn=True) as place:
-            return self._submit(place, entry.content, deadline, options.heat != "none")
-
-    def _is_due(self, in_hand: deque[tuple[Entry, Ticket | Problem]]) -> bool:
-        """Whether the first outcome is there already, or must be waited for before more is read."""
-        first = in_hand[0][1]
-        if isinstance(first, Problem) or first.settled or len(in_hand) >= self._settings.pictures_in_hand():
-            return True
-        held = sum(len(entry.content) for entry, _ in in_hand if isinstance(entry.content, bytes))
-        return held >= self._settings.max_request_bytes
-
-    def _finished(
-        self, taken: tuple[Entry, Ticket | Problem], deadline: float, options: Options, source: str | None
-    ) -> tuple[str, Verdict | Problem]:
-        entry, ticket = taken
-        data = entry.content if isinstance(entry.content, bytes) else b""
-        return entry.name, self._outcome(ticket, data, deadline, options, source)
+    def heatmap(self, served: Served, image: "Tensor", deadline: float) -> bytes:
+        """PNG of the heat map of a uint8 (C, H, W) picture that the model has seen before; raises `Problem`."""
+        try:
+            with self._batcher.reserve(1, deadline=deadline) as place:
+                ticket = place.submit(image, served.target, heatmap=True)
+            scored = ticket.result()
+        except NotAccepted as refusal:
+            raise refused(refusal) from None
+        except NotScored as failure:
+            raise failed(failure) from None
+        return _drawn(scored, ticket)
 
     def verdicts(self) -> int:
         """How many pictures this process has scored."""
@@ -169,53 +163,77 @@ class Scorer:
         """Refuse new requests and wait for the accepted ones; False if `timeout` seconds were too few."""
         return self._batcher.close(timeout)
 
-    def _places(self, count: int, deadline: float, in_turn: bool = False) -> Reservation:
+    def _accepted(self, entry: Entry, asked: Asked) -> Ticket | Problem:
+        if isinstance(entry.content, Problem):
+            self._metrics.rejected("bad_image")
+            return entry.content
+        with self._places(1, asked, in_turn=True) as place:
+            return self._submit(place, Upload(entry.name, entry.content), asked)
+
+    def _is_due(self, in_hand: deque[tuple[Entry, Ticket | Problem]]) -> bool:
+        """Whether the first outcome is there already, or must be waited for before more is read."""
+        first = in_hand[0][1]
+        if isinstance(first, Problem) or first.settled or len(in_hand) >= self._settings.pictures_in_hand():
+            return True
+        held = sum(len(entry.content) for entry, _ in in_hand if isinstance(entry.content, bytes))
+        return held >= self._settings.max_request_bytes
+
+    def _finished(self, taken: tuple[Entry, Ticket | Problem], asked: Asked) -> tuple[str, Verdict | Problem]:
+        entry, ticket = taken
+        data = entry.content if isinstance(entry.content, bytes) else b""
+        return entry.name, self._outcome(ticket, Upload(entry.name, data), asked)
+
+    def _places(self, count: int, asked: Asked, in_turn: bool = False) -> Reservation:
+        bulk = in_turn or count > 1
         try:
-            return self._batcher.reserve(count, deadline=deadline, bulk=in_turn or count > 1, beyond=in_turn)
+            return self._batcher.reserve(count, deadline=asked.deadline, bulk=bulk, beyond=in_turn)
         except NotAccepted as refusal:
             self._metrics.rejected(refusal.reason, count)
-            raise too_late() if in_turn and refusal.reason == "deadline" else _refused(refusal) from None
+            raise too_late() if in_turn and refusal.reason == "deadline" else refused(refusal) from None
 
-    def _submit(self, places: Reservation, data: bytes, deadline: float, heatmap: bool) -> Ticket | Problem:
+    def _submit(self, places: Reservation, file: Upload, asked: Asked) -> Ticket | Problem:
+        served = asked.served
         try:
-            image = self._timed("decode", deadline, lambda: self._prepare(data))
+            image = self._timed("decode", asked.deadline, lambda: served.prepare(file.data))
         except BadImage as error:
             places.skip()
             self._metrics.rejected("bad_image")
             status = _BAD_IMAGE_STATUS.get(error.code, HTTPStatus.UNPROCESSABLE_ENTITY)
             return Problem(status, error.code, str(error))
-        except Problem as late:
+        except Problem as problem:
             places.skip()
-            return late
-        return places.submit(image, heatmap=heatmap)
+            return problem
+        return places.submit(image, served.target, heatmap=asked.options.heat != "none")
 
-    def _outcome(
-        self, ticket: Ticket | Problem, data: bytes, deadline: float, options: Options, source: str | None
-    ) -> Verdict | Problem:
+    def _outcome(self, ticket: Ticket | Problem, file: Upload, asked: Asked) -> Verdict | Problem:
         if isinstance(ticket, Problem):
             return ticket
+        # As it stands now, not when the request came: a policy may have changed meanwhile.
+        served, options = self.models.current(asked.served), asked.options
         try:
             scored = ticket.result()
-            row = _plain(scored.row)
-            drawn = None
+            row = served.policy.applied(_plain(scored.row), served.detector)
+            more, drawn = {}, None
             if scored.heat is not None:
-                row["regions"] = regions_json(scored.heat, self.detector.image, data)
-                drawn = self._timed("draw", deadline, lambda: _drawn(scored, ticket)) if options.heat == "png" else None
+                more = {"regions": regions_json(scored.heat, served.detector.image, file.data)}
+                if options.heat == "png":
+                    drawn = self._timed("draw", asked.deadline, lambda: _drawn(scored, ticket))
         except NotScored as failure:
             self._metrics.rejected("deadline" if failure.reason == "expired" else failure.reason)
-            return _failed(failure)
-        except Problem as late:
-            return late
+            return failed(failure)
+        except Problem as problem:
+            return problem
         self._metrics.stage("queue", scored.queued_seconds)
         self._metrics.stage("judge", scored.judge_seconds)
-        self._metrics.verdict(row["p_value"], row["outlier"], source)
-        return Verdict(options.applied(row, self.detector), drawn)
+        self._metrics.verdict(served.name, served.version, row["p_value"], row["outlier"], asked.source)
+        number = self._keeper.keep(served, row, ticket.image, asked.request_id, file.name, asked.source)
+        return Verdict(number, options.applied({**row, **more}, served.detector), drawn)
 
     def _timed(self, stage: str, deadline: float, work: Callable[[], _T]) -> _T:
         """Do CPU work of a request thread, no more of it at once than there are cores."""
         if not self._decoders.acquire(timeout=max(0.0, deadline - time.monotonic())):
             self._metrics.rejected("deadline")
-            raise _late("the deadline passed before the picture was decoded")
+            raise late("the deadline passed before the picture was decoded")
         started = time.monotonic()
         try:
             return work()
@@ -235,36 +253,3 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
 def _drawn(scored: Scored, ticket: Ticket) -> bytes:
     assert scored.heat is not None
     return heatmap_png(scored.heat, scored.heat_scale, ticket.image.numpy())
-
-
-def _late(message: str) -> Problem:
-    return Problem(HTTPStatus.GATEWAY_TIMEOUT, "deadline_exceeded", message)
-
-
-def _refused(refusal: NotAccepted) -> Problem:
-    wait = refusal.retry_after
-    if refusal.reason == "queue_full":
-        message = "the queue is full; try again after the time in Retry-After"
-        return Problem(HTTPStatus.TOO_MANY_REQUESTS, "queue_full", message, retry_after=wait)
-    if refusal.reason == "deadline":
-        message = f"the deadline is nearer than the queue is long ({wait * 1000:.0f} ms); try again later or allow more"
-        return Problem(HTTPStatus.TOO_MANY_REQUESTS, "deadline_too_short", message, retry_after=wait)
-    if refusal.reason == "draining":
-        message = "this process is shutting down; send the request again to reach another"
-        return Problem(HTTPStatus.SERVICE_UNAVAILABLE, "draining", message, retry_after=1.0)
-    return _lost()
-
-
-def _failed(failure: NotScored) -> Problem:
-    if failure.reason == "expired":
-        return _late(failure.detail)
-    if failure.reason == "unscorable":
-        _log.warning("a picture could not be judged: %s", failure.detail)
-        message = "the model could not judge this picture, which it did for others; check or re-export it"
-        return Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "unscorable", message)
-    return _lost()
-
-
-def _lost() -> Problem:
-    message = "the model stopped working and its process restarts; try again in a moment"
-    return Problem(HTTPStatus.SERVICE_UNAVAILABLE, "model_failed", message, retry_after=5.0)

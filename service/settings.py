@@ -4,7 +4,7 @@ import ipaddress
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -26,6 +26,7 @@ class ServiceSettings(Spec):
     tls_certificate: Path | None = None
     tls_key: Path | None = None
 
+    models: Path | None = None
     model: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     source: str = Field(default="default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     device: str = "auto"
@@ -45,11 +46,27 @@ class ServiceSettings(Spec):
     max_expansion: float = Field(default=20.0, ge=1.0, le=1000.0)
     archive_deadline_ms: int = Field(default=600_000, ge=1, le=86_400_000)
 
+    store: str = "auto"
+    flush_ms: float = Field(default=200.0, ge=1.0, le=60_000.0)
+    store_buffer: int = Field(default=10_000, ge=100, le=10_000_000)
+    images: Literal["none", "outliers", "all"] = "outliers"
+    picture_days: float | None = Field(default=30.0, gt=0.0)
+    picture_megabytes: int | None = Field(default=1024, ge=1)
+    verdict_days: float | None = Field(default=None, gt=0.0)
+    review_share: float = Field(default=0.01, ge=0.0, le=1.0)
+
     compute_threads: int | None = Field(default=None, ge=1, le=1024)
     decode_threads: int | None = Field(default=None, ge=1, le=1024)
     request_threads: int | None = Field(default=None, ge=1, le=4096)
     backlog: int = Field(default=1024, ge=128, le=65535)
     drain_seconds: float = Field(default=30.0, ge=1.0, le=3600.0)
+
+    @field_validator("models")
+    @classmethod
+    def _a_folder(cls, models: Path | None) -> Path | None:
+        if models is not None and not models.is_dir():
+            raise ValueError(f"{models} is no folder; give the one that holds the bundles")
+        return models
 
     @field_validator("device")
     @classmethod
@@ -116,6 +133,17 @@ class ServiceSettings(Spec):
     def threads_for_requests(self) -> int:
         """Request threads: enough that the queue, not the server, is the first bound a client meets."""
         return self.request_threads or self.queue_size + 2 * self.max_batch + self.max_archives
+
+    def most_bytes(self) -> int:
+        """The largest body that is taken."""
+        return max(self.max_request_bytes, self.max_archive_bytes)
+
+    def place_of_store(self, bundle: Path) -> str | None:
+        """Where verdicts are kept: beside the bundle unless set; None for nowhere."""
+        if self.store == "auto":
+            bundle = bundle.resolve()
+            return str(bundle.with_name(f"{bundle.name}.store.sqlite"))
+        return None if self.store == "none" else self.store
 
     def pictures_in_hand(self) -> int:
         """How many pictures of one archive may wait at once; all archives together leave others half of the queue."""

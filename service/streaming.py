@@ -11,20 +11,19 @@ from http import HTTPStatus
 from itertools import chain
 from typing import IO, Any
 
-from flask import Response, g, request
+from flask import Response, request
 
 from service.access import count_body, count_until_closed
 from service.archives import SMALL, Bounds, Entry, Kind, entries, too_late
 from service.errors import Problem
 from service.metrics import Metrics
-from service.options import Options
-from service.scoring import Scorer, Verdict
+from service.scoring import Asked, Scorer, Verdict
 from service.settings import ServiceSettings
 from service.uploads import spooled_body
 
 _log = logging.getLogger(__name__)
-Row = Callable[[str, int, str, Verdict | Problem], dict[str, Any]]
-"""The request's id, number, name and outcome of a picture -> its row in the answer."""
+Row = Callable[[str, Verdict | Problem], dict[str, Any]]
+"""The name and outcome of a picture -> its row in the answer."""
 
 
 class Archives:
@@ -34,12 +33,12 @@ class Archives:
         self._scorer, self._settings, self._metrics = scorer, settings, metrics
         self._places = threading.BoundedSemaphore(settings.max_archives)
 
-    def answer(self, kind: Kind, model: dict[str, str], row: Row, *, deadline: float, options: Options) -> Response:
+    def answer(self, kind: Kind, asked: Asked, row: Row) -> Response:
         """Take in the whole archive, then answer line by line; raises `Problem` for what goes wrong before the first.
 
         Closing the answer, at its end or before, withdraws what still waits and deletes the archive.
         """
-        lines = self._lines(kind, model, row, deadline=deadline, options=options)
+        lines = self._lines(kind, asked, row)
         first = next(lines)
         answer = Response(chain([first], lines), mimetype="application/x-ndjson")
         answer.headers["X-Accel-Buffering"] = "no"  # else nginx holds the lines back
@@ -47,27 +46,24 @@ class Archives:
         count_until_closed(answer)
         return answer
 
-    def _lines(
-        self, kind: Kind, model: dict[str, str], row: Row, *, deadline: float, options: Options
-    ) -> Generator[str, None, None]:
-        # From the second line on there is no request context any more: all that is wanted of it is taken here.
-        request_id, source = g.request_id, g.key.source if g.key else None
+    def _lines(self, kind: Kind, asked: Asked, row: Row) -> Generator[str, None, None]:
+        # From the second line on there is no request context any more.
         counts, said = Counter(scored=0, failed=0, outliers=0), 0
-        with self._place(), self._spooled(deadline) as file:
-            found = self._entries(file, kind, deadline)
-            outcomes = self._scorer.score_in_turn(found, deadline=deadline, options=options, source=source)
+        with self._place(), self._spooled(asked.deadline) as file:
+            found = self._entries(file, kind, asked.deadline)
+            outcomes = self._scorer.score_in_turn(found, asked)
             with closing(outcomes):
                 try:
                     for name, outcome in outcomes:
                         counts.update(_counted(outcome))
-                        yield _line(row(request_id, said, name, outcome))
+                        yield _line(row(name, outcome))
                         said += 1
                 except Exception as error:
                     if not said:
                         raise
-                    yield _line({"error": {**_told(error, request_id).body(), "request_id": request_id}})
+                    yield _line({"error": {**_told(error, asked.request_id).body(), "request_id": asked.request_id}})
                 else:
-                    yield _line({"summary": counts, "model": model})
+                    yield _line({"summary": counts, "model": asked.served.shown})
 
     @contextmanager
     def _place(self) -> Iterator[None]:

@@ -59,14 +59,17 @@ LIBRARY = [
 ]
 SERVICE = [
     {"errors", "settings", "ids", "schema", "database", "tickets"},
-    {"batching", "metrics", "uploads", "keys", "archives", "store", "auditing"},
+    {"batching", "metrics", "uploads", "keys", "archives", "store", "auditing", "refusals"},
     {"recorder", "decisions", "reviewing", "allowance", "keys_command", "bodies"},
     {"access", "policies", "answered", "asked"},
-    {"options", "models", "routes"},
-    {"scoring", "verdicts_api", "models_api"},
+    {"models", "routes", "edge"},
+    {"options", "keeping"},
+    {"scoring", "models_api", "verdicts_api"},
     {"health", "streaming"},
     {"api"},
-    {"app", "demo"},
+    {"app"},
+    {"process"},
+    {"demo"},
 ]
 RANKS = {name: rank for rank, names in enumerate(LIBRARY) for name in names}
 SERVICE_RANKS = {name: rank for rank, names in enumerate(SERVICE) for name in names}

@@ -31,6 +31,7 @@ from service.errors import Problem
 from service.keys import KeyFile, Role, made
 from service.metrics import Metrics
 from service.options import Options
+from service.scoring import Asked
 from service.settings import ServiceSettings
 from service.streaming import Archives
 from service.uploads import spooled_body
@@ -309,22 +310,25 @@ def test_sigterm_ends_an_archive_after_what_was_accepted_with_a_line_that_says_s
 
 
 def test_a_fault_in_mid_answer_is_told_and_logged(tiny_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
-    app = create_app(ServiceSettings(device="cpu"), lambda: Detector.load(tiny_bundle))
-    archives = Archives(app.extensions["scorer"], ServiceSettings(), Metrics(CollectorRegistry()))
+    app = create_app(ServiceSettings(device="cpu"), "tiny", lambda: Detector.load(tiny_bundle))
+    scorer = app.extensions["running"].scorer
+    archives = Archives(scorer, ServiceSettings(), Metrics(CollectorRegistry()))
+    asked = Asked(scorer.models.pick(), time.monotonic() + 60, Options(), "tray-8")
+    numbers = iter(range(9))
 
-    def row(request_id: str, number: int, name: str, outcome: object) -> dict[str, Any]:
-        return {"id": number, "seventh": 7 // (2 - number)}
+    def row(name: str, outcome: object) -> dict[str, Any]:
+        return {"seventh": 7 // (2 - next(numbers))}
 
     with app.test_request_context("/", method="POST", data=tarred(MANY[:9])):
-        g.request_id, g.key, g.taken = "tray-8", None, None
-        answer = archives.answer("tar", {}, row, deadline=time.monotonic() + 60, options=Options())
+        g.key, g.taken = None, None
+        answer = archives.answer("tar", asked, row)
     first, second, last = [json.loads(line) for line in answer.response]
     answer.close()
     assert (first["seventh"], second["seventh"]) == (3, 7)
     assert (last["error"]["code"], last["error"]["request_id"]) == ("internal", "tray-8")
     assert "tray-8" in caplog.text
     assert "ZeroDivisionError" in caplog.text
-    assert app.extensions["scorer"].close(60)
+    assert app.extensions["running"].close(60)[0]
 
 
 def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,114 @@
+"""What holds for every request: its id, its key, its metrics, its headers, and no error in any shape but JSON."""
+
+import math
+import time
+import uuid
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Any
+
+from flask import Flask, Response, g, request
+from sqlalchemy.exc import SQLAlchemyError
+from werkzeug.exceptions import HTTPException
+
+from service.access import guard
+from service.bodies import answer
+from service.database import reason_of
+from service.errors import Problem
+from service.keys import Keyring
+from service.metrics import Metrics
+from service.uploads import discard_body
+
+_REASONS = {
+    HTTPStatus.BAD_REQUEST: "bad_request",
+    HTTPStatus.UNSUPPORTED_MEDIA_TYPE: "bad_request",
+    HTTPStatus.UNAUTHORIZED: "no_access",
+    HTTPStatus.FORBIDDEN: "no_access",
+}
+_REASONS_BY_CODE = {"too_large": "too_large", "rate_limited": "rate_limited", "too_many_bytes": "rate_limited"}
+"""Under which reason the refusal of a whole request is counted; the queue's own are counted where they are made."""
+
+
+def install(app: Flask, metrics: Metrics, keyring: Keyring | None, most_bytes: int) -> None:
+    """Number, time and count every request of `app`, ask for its key where there is a keyring, and let no error leave
+    it in any other shape than JSON."""
+
+    @app.before_request
+    def begin() -> None:
+        g.started = time.monotonic()
+        g.request_id = _request_id()
+
+    guard(app, keyring, most_bytes)
+
+    @app.after_request
+    def end(response: Response) -> Response:
+        route = request.url_rule.rule if request.url_rule else "unmatched"
+        metrics.request(route, request.method, response.status_code, time.monotonic() - g.started)
+        response.headers["X-Request-Id"] = g.request_id
+        response.headers["Cache-Control"] = "no-store"
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        response.headers["Content-Security-Policy"] = "default-src 'none'; frame-ancestors 'none'"
+        response.headers["Referrer-Policy"] = "no-referrer"
+        if request.is_secure:
+            response.headers["Strict-Transport-Security"] = "max-age=31536000"
+        return response
+
+    _answer_errors(app, metrics)
+
+
+def _answer_errors(app: Flask, metrics: Metrics) -> None:
+    @app.errorhandler(Problem)
+    def refuse(problem: Problem) -> Response:
+        reason = _REASONS_BY_CODE.get(problem.code) or _REASONS.get(problem.status)
+        if reason:
+            metrics.rejected(reason)
+        discard_body(request.environ)
+        return failure(problem)
+
+    @app.errorhandler(SQLAlchemyError)
+    def store_down(error: SQLAlchemyError) -> Response:
+        app.logger.error("request %s failed at the store: %s", g.request_id, reason_of(error))
+        message = "the store does not answer now; scoring goes on, and /ready says how the store stands"
+        return failure(Problem(HTTPStatus.SERVICE_UNAVAILABLE, "store_down", message, retry_after=5.0))
+
+    @app.errorhandler(HTTPException)
+    def refuse_plain(error: HTTPException) -> Response:
+        status = HTTPStatus(error.code or HTTPStatus.INTERNAL_SERVER_ERROR)
+        response = failure(Problem(status, status.name.lower(), _said(error, status)))
+        for name, value in error.get_headers(request.environ):
+            if name == "Allow":
+                response.headers[name] = value
+        return response
+
+    @app.errorhandler(Exception)
+    def break_down(error: Exception) -> Response:
+        app.logger.error("request %s failed", g.request_id, exc_info=error)
+        message = "a fault of the service, not of the request; its log has the details under this request id"
+        return failure(Problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", message))
+
+
+def failure(problem: Problem, results: Sequence[dict[str, Any]] = ()) -> Response:
+    body: dict[str, Any] = {"error": {**problem.body(), "request_id": g.request_id}}
+    if len(results) > 1:
+        body["results"] = results
+    response = answer(body, problem.status)
+    if problem.retry_after is not None:
+        response.headers["Retry-After"] = str(max(1, math.ceil(problem.retry_after)))
+    return response
+
+
+def _request_id() -> str:
+    """The caller's own id where it is harmless, so that logs on both sides agree; else a new one."""
+    given = request.headers.get("X-Request-Id", "")
+    if 1 <= len(given) <= 64 and given.isascii() and given.replace("-", "").replace("_", "").replace(".", "").isalnum():
+        return given
+    return uuid.uuid4().hex
+
+
+def _said(error: HTTPException, status: HTTPStatus) -> str:
+    if status == HTTPStatus.NOT_FOUND:
+        return "there is nothing at this address; GET / lists what there is"
+    if status == HTTPStatus.METHOD_NOT_ALLOWED:
+        allowed = ", ".join(sorted(getattr(error, "valid_methods", None) or ()))
+        return f"{request.method[:20]} is not served here; use {allowed}"
+    return (error.description or status.phrase).splitlines()[0]

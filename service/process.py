@@ -1,0 +1,305 @@
+"""Running the service under granian (`serve`), and the `serve` command.
+
+The command's process stays light: it never touches torch, only watches over one worker process, which loads the model
+after it was started (a process forked after CUDA was initialised cannot use CUDA) and is started again if it dies.
+Imports of anything heavy are therefore inside functions.
+"""
+
+import errno
+import logging
+import math
+import multiprocessing
+import multiprocessing.util
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from flask import Flask
+
+    from anomaly_vae import Detector
+    from service.app import Running
+    from service.health import Readiness
+    from service.settings import ServiceSettings
+
+
+def serve(bundle: Path, settings: "ServiceSettings") -> None:
+    """Serve a bundle until SIGTERM or Ctrl-C, then finish what was accepted; raises `AnomalyVaeError`."""
+    from granian import Granian
+    from granian.constants import HTTPModes, Interfaces
+    from granian.log import LogLevels
+
+    from anomaly_vae import AnomalyVaeError
+
+    with _claimed(settings.host, settings.port, "port") as main:
+        port = main.getsockname()[1]
+        with _claimed(settings.host, settings.separate_health_port(port), "health_port") as health:
+            place = Place(bundle, settings, port, health.getsockname()[1])
+            lifeline, held = multiprocessing.Pipe(duplex=False)
+            told, report = multiprocessing.Pipe(duplex=False)
+            server = Granian(
+                "service.process",
+                address=settings.host,
+                port=port,
+                interface=Interfaces.WSGI,
+                http=HTTPModes.http1,
+                blocking_threads=settings.threads_for_requests(),
+                backlog=settings.backlog,
+                backpressure=settings.backlog,
+                respawn_failed_workers=True,
+                workers_kill_timeout=math.ceil(settings.drain_seconds),
+                log_level=LogLevels.error,
+                ssl_cert=settings.tls_certificate,
+                ssl_key=settings.tls_key,
+            )
+            code = _until_stopped(server, partial(_load, place, lifeline, held, report))
+    if told.poll():
+        code, message = told.recv()
+    elif code:
+        message = "the process that holds the model keeps dying; its last words are above"
+    if code:
+        error = AnomalyVaeError(message)
+        error.exit_code = code
+        raise error
+
+
+def serve_command(
+    bundle: Annotated[Path, typer.Argument(help="Folder of a trained detector.", show_default=False)],
+    config: Annotated[Path | None, typer.Option(help="YAML settings; see configs/service.yaml.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 takes any free one.", show_default="8765")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.", show_default="auto")] = None,
+    override: Annotated[
+        list[str] | None, typer.Option("--override", "-o", metavar="KEY=VALUE", help="Any other setting.")
+    ] = None,
+) -> None:
+    """Serve a detector over HTTP until Ctrl-C: POST pictures to /v1/score, get calibrated verdicts."""
+    from service.settings import ServiceSettings
+
+    given = {"host": host, "port": port, "device": device}
+    options = [f"{key}={value}" for key, value in given.items() if value is not None]
+    serve(bundle, ServiceSettings.load(config, [*options, *(override or [])]))
+
+
+@dataclass(frozen=True)
+class Place:
+    """What is served where; the ports are those really taken."""
+
+    bundle: Path
+    settings: "ServiceSettings"
+    port: int
+    health_port: int
+
+    def url(self, port: int) -> str:
+        host = self.settings.host
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    @property
+    def address(self) -> str:
+        """Where the service answers."""
+        url = self.url(self.port)
+        return url.replace("http:", "https:", 1) if self.settings.tls_certificate else url
+
+
+def _until_stopped(server: Any, loader: Callable[[], "Flask"]) -> int:
+    try:
+        server.serve(target_loader=loader, wrap_loader=False)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    return 0
+
+
+def _claimed(host: str, port: int, setting: str) -> socket.socket:
+    """A socket that keeps a port without listening, for the worker to share; raises `ConfigError` if it is taken.
+
+    The server shares ports (SO_REUSEPORT), so that without this a second service on the same port would silently get
+    every other request of the first.
+    """
+    from anomaly_vae import ConfigError
+
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as alone:
+            alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            alone.bind(address)
+            taken = alone.getsockname()
+        shared = socket.socket(family)
+        shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        shared.bind(taken)
+    except OSError as error:
+        what = f"{host}:{port} cannot be listened on ({error.strerror})"
+        if setting == "health_port":
+            what += ", the port after --port, for health and metrics; set -o health_port=0 for any free one"
+        elif error.errno == errno.EACCES:
+            what += "; ports below 1024 need root: choose a higher one"
+        else:
+            what += "; stop what uses it or choose another --port, 0 for any free one"
+        raise ConfigError(f"{setting}: {what}") from None
+    return shared
+
+
+def _load(place: Place, lifeline: Connection, held: Connection, report: Connection) -> "Flask":
+    """The application, in the worker process; what goes wrong is reported to the command's process, which ends."""
+    from anomaly_vae import AnomalyVaeError
+
+    # Until granian takes them over: the handlers inherited from the command's process would lose a SIGTERM.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    held.close()
+    _stop_the_server_once()
+    try:
+        return _start(place, lifeline)
+    except AnomalyVaeError as error:
+        report.send((error.exit_code, str(error)))
+    except Exception as error:
+        traceback.print_exc()
+        report.send((1, f"the service could not start: {type(error).__name__}: {error}"))
+    os.kill(os.getppid(), signal.SIGTERM)
+    while True:
+        signal.pause()
+
+
+def _start(place: Place, lifeline: Connection) -> "Flask":
+    # How long OpenMP's threads spin before they sleep; it is read when torch is first imported. On two cores a picture
+    # then takes 4 ms, or 6 beside other programs; without spinning 8 and 4, with ten times more 4 and 30.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    import prometheus_client
+
+    from service.app import create_app
+    from service.health import Readiness, serve_health
+    from service.store import Store
+
+    prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the series and tell what process_start_time tells
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    settings = place.settings
+    readiness, registry = Readiness(), prometheus_client.CollectorRegistry()
+    serve_health(settings.host, place.health_port, readiness, registry)
+    place_of_store = settings.place_of_store(place.bundle)
+    app = create_app(
+        settings,
+        place.bundle.resolve().name,
+        lambda: _opened(place.bundle, settings.device),
+        lambda path: _opened(path, settings.device),
+        store=Store(place_of_store) if place_of_store else None,
+        readiness=readiness,
+        registry=registry,
+        on_lost=_give_up,
+    )
+    running: Running = app.extensions["running"]
+    _drain_on_signal(readiness, running, lifeline)
+    # Whatever ends this process, the accepted pictures are judged first.
+    multiprocessing.util.Finalize(None, _farewell, args=(running, settings.drain_seconds), exitpriority=1)
+    threading.Thread(target=_announce, args=(place, running, readiness), name="announce", daemon=True).start()
+    return app
+
+
+def _opened(path: Path, device: str) -> "Detector":
+    """A bundle's detector; raises `ConfigError` for one whose scores take seconds a picture."""
+    from anomaly_vae import ConfigError, Detector, pick_device
+
+    detector = Detector.load(path, pick_device(device))
+    if detector.spec.offline:
+        raise ConfigError(f"{path} holds scores too slow for a service (offline: true); use anomaly-vae scan")
+    return detector
+
+
+def _give_up(error: Exception) -> None:
+    """The model is lost: end this process in good order; the command's process starts another."""
+    logging.getLogger(__name__).error("the model cannot judge any more: %s: %s", type(error).__name__, error)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _stop_the_server_once() -> None:
+    """Pass only the first signal to stop on to granian: told twice, as by Ctrl-C and its parent, it hangs for good."""
+    from granian import _signals
+
+    install: Callable[..., None] = _signals.set_main_signals
+
+    def install_once(stop: Callable[[int, Any], None], reload: Callable[[int, Any], None] | None = None) -> None:
+        first = threading.Lock()
+
+        def handler(number: int, frame: Any) -> None:
+            if first.acquire(blocking=False):
+                stop(number, frame)
+
+        install(handler, reload)
+
+    _signals.set_main_signals = install_once
+
+
+def _drain_on_signal(readiness: "Readiness", running: "Running", lifeline: Connection) -> None:
+    """Be unready from the instant a signal to stop comes, or the command's process is gone (`lifeline` ends)."""
+    told, tell = socket.socketpair()
+    tell.setblocking(False)
+    signal.set_wakeup_fd(tell.fileno(), warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while lifeline not in wait([lifeline, told]):
+            if {signal.SIGTERM, signal.SIGINT} & set(told.recv(64)):
+                break
+        readiness.become("draining")
+        running.scorer.drain()
+        # The kernel may give a signal to any thread, and handlers run only once the main thread wakes, which nothing
+        # may ever make it do: so the server's handler is called here as well.
+        handler = signal.getsignal(signal.SIGTERM)
+        if callable(handler):
+            handler(signal.SIGTERM, None)
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
+        while tell and told.recv(64):  # further signals are still written here: both ends stay open and read
+            pass
+
+    threading.Thread(target=watch, name="signals", daemon=True).start()
+
+
+def _announce(place: Place, running: "Running", readiness: "Readiness") -> None:
+    """Be ready, and say so, once the front door itself answers."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(place.settings.host, place.settings.host)  # noqa: S104
+    until = time.monotonic() + 60
+    while True:
+        try:
+            with socket.create_connection((host, place.port), timeout=5):
+                break
+        except OSError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.02)
+    readiness.become("ready")
+    _say(_welcome(place, running))
+
+
+def _welcome(place: Place, running: "Running") -> str:
+    served, url = running.scorer.models.pick(), place.address
+    policy, store = served.policy, running.store
+    others = [one.name for one in running.scorer.models.active() if one.name != served.name]
+    return f"""ready: model {served.name}, version {served.version}{f" (and {', '.join(others)})" if others else ""}
+  address  {url}
+  try      curl -F file=@picture.jpg {url}/v1/score
+  verdict  outlier when p <= {policy.alpha:g} ({policy.mode}): {policy.expected_false_alarm_rate:.2%} false alarms
+  store    {store.database.shown if store else "none: verdicts are not kept (store: none)"}
+  health   {place.url(place.health_port)}/ready, metrics at /metrics
+  stop     Ctrl-C; what was accepted is finished first
+"""
+
+
+def _farewell(running: "Running", drain_seconds: float) -> None:
+    finished, kept = running.close(drain_seconds)
+    lost = ("" if finished else ", some accepted ones not") + ("" if kept else "; some verdicts could not be kept")
+    _say(f"stopped: {running.scorer.verdicts()} pictures scored{lost}\n")
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
