@@ -1,5 +1,6 @@
 """What holds for every request: its id, its key, its metrics, its headers, and no error in any shape but JSON."""
 
+import logging
 import math
 import time
 import uuid
@@ -16,9 +17,11 @@ from service.bodies import answer
 from service.database import reason_of
 from service.errors import Problem
 from service.keys import Keyring
+from service.logs import REQUESTS, told
 from service.metrics import Metrics
 from service.uploads import discard_body
 
+_log, _requests = logging.getLogger(__name__), logging.getLogger(REQUESTS)
 _REASONS = {
     HTTPStatus.BAD_REQUEST: "bad_request",
     HTTPStatus.UNSUPPORTED_MEDIA_TYPE: "bad_request",
@@ -43,7 +46,10 @@ def install(app: Flask, metrics: Metrics, keyring: Keyring | None, most_bytes: i
     @app.after_request
     def end(response: Response) -> Response:
         route = request.url_rule.rule if request.url_rule else "unmatched"
-        metrics.request(route, request.method, response.status_code, time.monotonic() - g.started)
+        seconds = time.monotonic() - g.started
+        metrics.request(route, request.method, response.status_code, seconds)
+        if _requests.isEnabledFor(logging.INFO):
+            _requests.info("answered", extra=_told_of(route, response, seconds))
         response.headers["X-Request-Id"] = g.request_id
         response.headers["Cache-Control"] = "no-store"
         response.headers["X-Content-Type-Options"] = "nosniff"
@@ -67,7 +73,7 @@ def _answer_errors(app: Flask, metrics: Metrics) -> None:
 
     @app.errorhandler(SQLAlchemyError)
     def store_down(error: SQLAlchemyError) -> Response:
-        app.logger.error("request %s failed at the store: %s", g.request_id, reason_of(error))
+        _log.error("the store failed a request: %s", reason_of(error), extra=told(request_id=g.request_id))
         message = "the store does not answer now; scoring goes on, and /ready says how the store stands"
         return failure(Problem(HTTPStatus.SERVICE_UNAVAILABLE, "store_down", message, retry_after=5.0))
 
@@ -82,9 +88,21 @@ def _answer_errors(app: Flask, metrics: Metrics) -> None:
 
     @app.errorhandler(Exception)
     def break_down(error: Exception) -> Response:
-        app.logger.error("request %s failed", g.request_id, exc_info=error)
+        _log.error("a request failed", exc_info=error, extra=told(request_id=g.request_id))
         message = "a fault of the service, not of the request; its log has the details under this request id"
         return failure(Problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", message))
+
+
+def _told_of(route: str, response: Response, seconds: float) -> dict[str, Any]:
+    return told(
+        request_id=g.request_id,
+        method=request.method,
+        route=route,
+        status=response.status_code,
+        milliseconds=round(seconds * 1000, 1),
+        bytes=request.content_length,
+        key=g.key.name if g.get("key") else None,
+    )
 
 
 def failure(problem: Problem, results: Sequence[dict[str, Any]] = ()) -> Response:

@@ -179,11 +179,12 @@ def _start(place: Place, lifeline: Connection) -> "Flask":
 
     from service.app import create_app
     from service.health import Readiness, serve_health
+    from service.logs import start_logging
     from service.store import Store
 
     prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the series and tell what process_start_time tells
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     settings = place.settings
+    start_logging(settings.logs, settings.log_requests)
     readiness, registry = Readiness(), prometheus_client.CollectorRegistry()
     serve_health(settings.host, place.health_port, readiness, registry)
     place_of_store = settings.place_of_store(place.bundle)

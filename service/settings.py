@@ -55,6 +55,9 @@ class ServiceSettings(Spec):
     verdict_days: float | None = Field(default=None, gt=0.0)
     review_share: float = Field(default=0.01, ge=0.0, le=1.0)
 
+    logs: Literal["auto", "text", "json"] = "auto"
+    log_requests: bool = False
+
     compute_threads: int | None = Field(default=None, ge=1, le=1024)
     decode_threads: int | None = Field(default=None, ge=1, le=1024)
     request_threads: int | None = Field(default=None, ge=1, le=4096)

@@ -16,6 +16,7 @@ from flask import Response, request
 from service.access import count_body, count_until_closed
 from service.archives import SMALL, Bounds, Entry, Kind, entries, too_late
 from service.errors import Problem
+from service.logs import told
 from service.metrics import Metrics
 from service.scoring import Asked, Scorer, Verdict
 from service.settings import ServiceSettings
@@ -110,7 +111,7 @@ def _counted(outcome: Verdict | Problem) -> dict[str, int]:
 def _told(error: Exception, request_id: str) -> Problem:
     if isinstance(error, Problem):
         return error
-    _log.error("request %s failed in mid-answer", request_id, exc_info=error)
+    _log.error("a request failed in mid-answer", exc_info=error, extra=told(request_id=request_id))
     message = "a fault of the service, not of the request; its log has the details under this request id"
     return Problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", message)
 

@@ -58,7 +58,7 @@ LIBRARY = [
     {"__main__"},
 ]
 SERVICE = [
-    {"errors", "settings", "ids", "schema", "database", "tickets"},
+    {"errors", "settings", "ids", "schema", "database", "tickets", "logs"},
     {"batching", "metrics", "uploads", "keys", "archives", "store", "auditing", "refusals"},
     {"recorder", "decisions", "reviewing", "allowance", "keys_command", "bodies"},
     {"access", "policies", "answered", "asked"},
