@@ -295,6 +295,22 @@ def keys(
     _service_command("keys")(path, add, role, source, days, rate, megabytes, remove)
 
 
+def store(
+    place: Annotated[str, typer.Argument(metavar="STORE", help="Path of the store, or its postgresql:// URL.")],
+    backup: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a whole copy; the service goes on.")
+    ] = None,
+    forget_before: Annotated[
+        float | None, typer.Option(metavar="DAYS", min=0, help="Delete verdicts older than that, and their pictures.")
+    ] = None,
+    forget_pictures_before: Annotated[
+        float | None, typer.Option(metavar="DAYS", min=0, help="Delete pictures older than that; verdicts stay.")
+    ] = None,
+) -> None:
+    """Look at a service's store of verdicts, back it up, or delete what is old. Restore: serve with -o store=BACKUP."""
+    _service_command("store")(place, backup, forget_before, forget_pictures_before)
+
+
 def demo(
     check: Annotated[bool, typer.Option(help="Exit after the demo, non-zero if anything falls short.")] = False,
     folder: Annotated[Path, typer.Option(help="Where the demo's pictures and bundle go.")] = Path(".demo"),
@@ -326,6 +342,7 @@ for _command in (
     cli_looking.classify,
     serve,
     keys,
+    store,
     cli_looking.info,
     cli_looking.check,
     demo,

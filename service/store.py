@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, Select, Table, delete, func, insert, select
+from sqlalchemy import ColumnElement, Connection, RowMapping, Select, Table, delete, func, insert, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -77,6 +77,17 @@ class Kept:
     verdict_days: float | None = None
     picture_days: float | None = 30.0
     picture_bytes: int | None = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What a store holds; `oldest` in seconds since 1970, None where there is nothing."""
+
+    verdicts: int
+    oldest: float | None
+    pictures: int
+    picture_bytes: int
+    feedback: int
 
 
 class Store:
@@ -175,6 +186,22 @@ class Store:
         if kept.picture_bytes is not None:
             gone += self._forget_before(PICTURES, self._oldest_kept(kept.picture_bytes))
         return gone
+
+    def counts(self) -> Counts:
+        """How much there is; counts all rows, which takes a while where there are millions."""
+        with self.database.reading() as connection:
+
+            def number(of: ColumnElement[Any]) -> int:
+                return int(connection.scalar(select(of)) or 0)
+
+            oldest = connection.scalar(select(func.min(VERDICTS.c.id)))
+            return Counts(
+                verdicts=number(func.count(VERDICTS.c.id)),
+                oldest=None if oldest is None else ids.seconds_of(oldest),
+                pictures=number(func.count(PICTURES.c.id)),
+                picture_bytes=number(func.sum(PICTURES.c.bytes)),
+                feedback=number(func.count(FEEDBACK.c.id)),
+            )
 
     def backup(self, path: Path) -> None:
         """A whole copy of an SQLite store while it is in use; raises `ConfigError`."""

@@ -60,7 +60,7 @@ LIBRARY = [
 SERVICE = [
     {"errors", "settings", "ids", "schema", "database", "tickets", "logs"},
     {"batching", "metrics", "uploads", "keys", "archives", "store", "auditing", "refusals"},
-    {"recorder", "decisions", "reviewing", "allowance", "keys_command", "bodies"},
+    {"recorder", "decisions", "reviewing", "allowance", "keys_command", "store_command", "bodies"},
     {"access", "policies", "answered", "asked"},
     {"models", "routes", "edge"},
     {"options", "keeping"},

@@ -1,0 +1,44 @@
+"""The `store` command: what a store holds, a copy of it while it is in use, and what is to be forgotten."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from service.store import Store
+
+
+def store_command(
+    place: str,
+    backup: Path | None = None,
+    forget_before: float | None = None,
+    forget_pictures_before: float | None = None,
+) -> None:
+    """Back up the store at `place`, delete what is older than so many days, and say what is then in it."""
+    from anomaly_vae import ConfigError
+    from service.store import Kept, Store
+
+    if "://" not in place and not Path(place).is_file():
+        raise ConfigError(f"there is no store {place}; `anomaly-vae serve` says at its start where its store is")
+    store = Store(place)
+    try:
+        if backup is not None:
+            store.backup(backup)
+            typer.echo(f"wrote {backup} ({backup.stat().st_size / 2**20:,.1f} MiB)")
+        if forget_before is not None or forget_pictures_before is not None:
+            gone = store.tidy(Kept(forget_before, forget_pictures_before, None), time.time())
+            typer.echo(f"forgot {gone:,}")
+        typer.echo(_summary(store))
+    finally:
+        store.close()
+
+
+def _summary(store: "Store") -> str:
+    counts = store.counts()
+    since = "none" if counts.oldest is None else time.strftime("%Y-%m-%d %H:%M", time.gmtime(counts.oldest))
+    return (
+        f"{store.database.shown}: {counts.verdicts:,} verdicts since {since} UTC, "
+        f"{counts.pictures:,} pictures ({counts.picture_bytes / 2**20:,.1f} MiB), {counts.feedback:,} judged by people"
+    )
