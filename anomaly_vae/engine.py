@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anomaly_vae.compiled import recorded
 from anomaly_vae.detector import Detector, Judgement
 from anomaly_vae.errors import ConfigError
 
@@ -27,13 +28,15 @@ class Engine:
         self.max_batch = max_batch
 
     def warm(self) -> None:
-        """Judge one blank batch of every size, so that no user waits for kernels to be chosen."""
+        """Record the scores as native calls, and judge one blank batch of every size, so that no user waits for it."""
+        self.detector = recorded(self.detector)
         image = self.detector.image
         for size in self._buckets():
             blank = torch.zeros((size, image.channels, image.height, image.width), dtype=torch.uint8)
             condition = self.detector.spec.model.condition
             classes = [condition.classes[0]] * size if condition and self.detector.wants_classes else None
-            self.detector.judge(blank, True, classes)
+            for heat in (False, True):
+                self.detector.judge(blank, heat, classes)
 
     def prepare(self, data: bytes) -> Tensor:
         """A picture's bytes as uint8 (C, H, W); raises `BadImage`."""

@@ -44,6 +44,7 @@ LIBRARY = [
     {"recipe", "expert"},
     {"member", "presets", "dividing", "labelling", "known"},
     {"detector", "checkpointing"},
+    {"compiled"},
     {"engine"},
     {"fabric", "fitting"},
     {"latent_space", "explore_page"},
