@@ -18,6 +18,9 @@ from anomaly_vae.latent_laws import GaussianLaw, LatentLaw
 from anomaly_vae.model import AutoEncoder, Context, beside
 from anomaly_vae.posteriors import DiagonalGaussian, Posterior, Spherical
 
+_AT_ONCE = 4
+"""More codes of a batch are decoded one by one, so that memory holds them."""
+
 
 def wide(values: Tensor) -> Tensor:
     """In float64 where the device has it (Apple's GPUs have not)."""
@@ -134,9 +137,19 @@ class Observation:
         if not self.posterior.random:
             return [self.output]
         if (samples, seed) not in self._outputs:
-            draws = self.draws(samples, seed)
-            self._outputs[samples, seed] = [self._decode(z) for z in draws]
+            # The posterior mean goes along, since most models are asked for it as well.
+            self.output, *self._outputs[samples, seed] = self._decode_all([self.code, *self.draws(samples, seed)])
         return self._outputs[samples, seed]
+
+    def _decode_all(self, codes: list[Tensor]) -> list[Tensor]:
+        """Raw parameters at each of the codes (B, D); at once where these are few and the decoder sees nothing else.
+
+        A decoder prepares its weights anew at every call, which for a single picture costs more than the decoding.
+        """
+        context = self._read[1]
+        if len(codes) > _AT_ONCE or context.embedded is not None or context.maps:
+            return [self._decode(z) for z in codes]
+        return list(self._decode(torch.cat(codes)).chunk(len(codes)))
 
     def log_likelihoods(self, samples: int, seed: int) -> Tensor:
         """log p(x given z) in nats of each draw, (S, B): log-densities summed over pixels and channels."""
