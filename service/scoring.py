@@ -77,7 +77,10 @@ class Scorer:
 
         if self._settings.compute_threads is not None:
             torch.set_num_threads(self._settings.compute_threads)
-        engine = Engine(self._load(), self._settings.device, self._settings.max_batch)
+        settings = self._settings
+        engine = Engine(self._load(), settings.device, settings.max_batch, settings.precision)
+        if engine.remark:
+            _log.warning("%s", engine.remark)
         engine.warm()
         self.detector, self._prepare = engine.detector, engine.prepare
         image = engine.detector.image
