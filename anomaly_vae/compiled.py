@@ -6,8 +6,10 @@ score decides by the pictures at hand, it repeats the decision it saw. So it is 
 that Python gives, for batches of several sizes of pictures that it has not seen; elsewhere Python goes on.
 """
 
+import threading
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -22,6 +24,7 @@ from anomaly_vae.member import Member, Native
 AT_ONCE = 16
 """Larger batches are cut: on a CPU they are slower, and each size that may come has been tried."""
 
+_MOST_SIDES = 4
 _RECORDED = 3
 _TRIED = ((0, 1), (1, 2), (3, 3), (1, AT_ONCE))
 """Where batches of the examples begin and how many they hold: each kind of picture comes first in one."""
@@ -78,7 +81,7 @@ def _recorded(member: Member, pictures: Tensor) -> Member:
     if playing is None:
         return member
     exact = member.native is None or member.native.exact
-    return replace(member, native=Native(_in_parts(playing), exact))
+    return replace(member, native=Native(_SideBySide(playing), exact))
 
 
 def _recording(scoring: Scoring, pictures: Tensor) -> Callable[[Tensor], Tensor] | None:
@@ -107,8 +110,42 @@ def _agree(scoring: Scoring, playing: Callable[[Tensor], Tensor], images: Tensor
     return True
 
 
-def _in_parts(playing: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    def columns(images: Tensor) -> Tensor:
-        return torch.cat([playing(part) for part in torch.split(images, AT_ONCE)])
+class _SideBySide:
+    """A recording played over the parts of a batch at once, each by one thread on one core.
 
-    return columns
+    Threads that share every single operation wait for one another some hundred times a batch, each time for the one
+    that the system has just put off for a request. Parts wait once. With many cores parts would be too small to be
+    quick; there operations are shared.
+    """
+
+    def __init__(self, playing: Callable[[Tensor], Tensor]) -> None:
+        cores = torch.get_num_threads()
+        self._playing, self._sides = playing, cores if cores <= _MOST_SIDES else 1
+        self._pool = _alone(self._sides) if self._sides > 1 else None
+        # What a thread sets is its own, and from then on that of new threads: for those it was not meant.
+        torch.set_num_threads(cores)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Scores (B, columns) of uint8 images."""
+        size = min(AT_ONCE, -(-len(images) // self._sides))
+        parts = torch.split(images, size)
+        if self._pool is None or len(parts) == 1:
+            return torch.cat([self._playing(part) for part in parts])
+        return torch.cat(list(self._pool.map(self._part, parts)))
+
+    def _part(self, images: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return self._playing(images)
+
+
+def _alone(threads: int) -> ThreadPoolExecutor:
+    """Threads that share no operation with others."""
+    pool, all_there = ThreadPoolExecutor(threads, "judge"), threading.Barrier(threads)
+
+    def begin() -> None:
+        torch.set_num_threads(1)
+        all_there.wait()
+
+    for started in [pool.submit(begin) for _ in range(threads)]:
+        started.result()
+    return pool
