@@ -8,6 +8,7 @@ most alpha with probability at most alpha. Polarity: a higher score, and a small
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Literal, Self
 
 import numpy as np
@@ -30,6 +31,7 @@ CONFIDENCE = 0.95
 """With what probability over calibration sets the `guaranteed` mode keeps the false-alarm rate at or below alpha."""
 
 
+@lru_cache(256)
 def rank_allowed(n: int, alpha: float, mode: Mode) -> int:
     """k such that the k-1 largest of n calibration scores may lie at or above an outlier's; 0 when alpha is too small.
 
@@ -86,11 +88,14 @@ class Calibration:
     (cross-conformal, Vovk 2015) and p sums the counts over members. With k of `rank_allowed`, outliers have a weighted
     mean of the members' own p-values of at most (k + K - 1) / (n + K), and twice a mean of p-values is a p-value (Vovk
     and Wang 2020): the rate is proven to be at most twice that. It is near alpha in practice.
-    `groups`: number of independent groups of images, when they are not exchangeable one by one.
+    `groups`: number of independent groups of images, when they are not exchangeable one by one. `tie`: as `TIE`, for
+    scores that may lie further from those that calibration would have ranked; where they lie no further, p-values are
+    at least as large as calibration would have found them.
     """
 
     scores: tuple[Floats, ...]
     groups: int | None = None
+    tie: float = TIE
 
     def __post_init__(self) -> None:
         if not self.scores or not sum(len(fold) for fold in self.scores):
@@ -117,9 +122,14 @@ class Calibration:
         """p-values in [1/(n+1), 1] of images with `scores` of shape (images, members)."""
         columns = np.asarray(scores, np.float64).reshape(-1, len(self.scores))
         at_least = np.zeros(len(columns), np.int64)
-        for fold, column in zip(self.scores, columns.T, strict=True):
-            at_least += len(fold) - np.searchsorted(fold, column - tie_of(fold), side="left")
+        for fold, column, tie in zip(self.scores, columns.T, self._ties, strict=True):
+            at_least += len(fold) - np.searchsorted(fold, column - tie, side="left")
         return np.asarray((1 + at_least) / (self.n + 1), np.float64)
+
+    @cached_property
+    def _ties(self) -> tuple[float, ...]:
+        """For each member, the distance within which a score ties with one of its calibration scores."""
+        return tuple(tie_of(fold, self.tie) for fold in self.scores)
 
     def rank(self, alpha: float, mode: Mode = "average") -> int:
         """k of `rank_allowed`; raises `CalibrationError` with the number of images it would take."""
@@ -144,7 +154,7 @@ class Calibration:
     def threshold(self, alpha: float, mode: Mode = "average") -> float | None:
         """An image is an outlier exactly when its score exceeds this; None with K-fold (the p-value decides)."""
         k = self.rank(alpha, mode)
-        return None if self.crossed else float(self.scores[0][-k] + tie_of(self.scores[0]))
+        return None if self.crossed else float(self.scores[0][-k] + self._ties[0])
 
     def promise(self, alpha: float, mode: Mode = "average") -> Promise:
         """What the verdict at `alpha` promises; see `Promise`."""
@@ -169,12 +179,12 @@ class Calibration:
         return int(law.ppf(0.05)), int(law.ppf(0.95))
 
 
-def tie_of(scores: Floats) -> float:
+def tie_of(scores: Floats, tie: float = TIE) -> float:
     """The distance within which a score ties with one of these; see `TIE`."""
     if not len(scores):
         return 0.0
     low, high = np.quantile(scores, [0.25, 0.75])
-    return TIE * float(high - low)
+    return tie * float(high - low)
 
 
 def benjamini_hochberg(p_values: npt.ArrayLike, fdr: float) -> npt.NDArray[np.bool_]:

@@ -240,13 +240,18 @@ def scan(
     alpha: Alpha = None,
     device: Device = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Images judged at once.")] = 32,
+    precision: Annotated[
+        str, typer.Option(help="float32, bfloat16 (quicker where the device has it), auto.")
+    ] = "float32",
     as_json: AsJson = False,
 ) -> None:
     """Score every picture under a folder into a table."""
     from anomaly_vae import console
     from anomaly_vae.scanning import scan as run
 
-    engine = engine_of(bundle, device, alpha, batch_size)
+    engine = engine_of(bundle, device, alpha, batch_size, precision)
+    if engine.remark:
+        console.note(engine.remark)
     view = console.ScanView()
     try:
         tally = run(engine, folder, out, view)

@@ -25,13 +25,15 @@ BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder w
 Alpha = Annotated[float | None, typer.Option(help="Another false-alarm rate than the bundle's.")]
 
 
-def engine_of(bundle: Path, device: str, alpha: float | None, max_batch: int = 32) -> "Engine":
+def engine_of(
+    bundle: Path, device: str, alpha: float | None, max_batch: int = 32, precision: str = "float32"
+) -> "Engine":
     """The bundle's detector, ready to judge on `device`; `alpha` None keeps the bundle's own."""
     from anomaly_vae.detector import Detector
     from anomaly_vae.engine import Engine, pick_device
 
     detector = Detector.load(bundle, pick_device(device))
-    return Engine(detector.with_policy(alpha) if alpha is not None else detector, device, max_batch)
+    return Engine(detector.with_policy(alpha) if alpha is not None else detector, device, max_batch, precision)
 
 
 def data_spec_of(engine: "Engine", overrides: list[str]) -> "DataSpec":

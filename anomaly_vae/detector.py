@@ -1,8 +1,9 @@
 """`Detector`: trained members, what their scores learned from normals, and the calibration. Never uncalibrated."""
 
+import copy
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any, Self
@@ -92,7 +93,7 @@ class Detector:
 
     `version`: the first 12 hex digits of its content hash. `seen`: hashes (uint64) of all pictures that took part in
     training, fitting or calibration, so that an evaluation can leave them out. `known_kinds`: the kinds of anomalies
-    that it was shown in training.
+    that it was shown in training. `probes`: the images that its bundle keeps beside their scores.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class Detector:
         self.version = version
         self.seen = seen if seen is not None else np.zeros(0, np.uint64)
         self.known_kinds = tuple(known_kinds)
+        self.probes: Batch | None = None
 
     @property
     def device(self) -> torch.device:
@@ -142,10 +144,23 @@ class Detector:
         policy = policy_of(calibration, self.policy.alpha, self.policy.mode)
         content = hashlib.sha256(self.version.encode() + calibration.scores[0].astype("<f8").tobytes())
         version = content.hexdigest()[:12]
-        return Detector(self.spec, self.members, calibration, policy, version, self.seen, self.known_kinds)
+        other = self._as(policy, version)
+        other.calibration = calibration
+        return other
 
     def _as(self, policy: Policy, version: str) -> "Detector":
-        return Detector(self.spec, self.members, self.calibration, policy, version, self.seen, self.known_kinds)
+        other = copy.copy(self)
+        other.policy, other.version = policy, version
+        return other
+
+    def scored_by(self, members: Sequence[Member], tie: float | None = None) -> "Detector":
+        """The same detector with members that score in another way, and the `tie` that suits it; see `Calibration`."""
+        other = copy.copy(self)
+        other.members = tuple(members)
+        if tie is not None:
+            other.calibration = replace(self.calibration, tie=tie)
+            other.policy = policy_of(other.calibration, self.policy.alpha, self.policy.mode)
+        return other
 
     def prepare(self, data: bytes) -> Tensor:
         """A picture's bytes as the uint8 (C, H, W) that `judge` takes; raises `BadImage`. Safe in many threads."""
@@ -231,7 +246,9 @@ class Detector:
             detector = cls._unpack(bundle, description, torch.device(device))
             probes = safetensors.numpy.load(bundle.files.get("probes.safetensors", _NO_PROBES))
             if len(probes):
-                detector._check_probes(probes, path)
+                label = torch.from_numpy(probes["label"]) if "label" in probes else None
+                detector.probes = Batch(torch.from_numpy(probes["images"]), label)
+                detector._check_probes(detector.probes, probes["scores"], path)
         except (ConfigError, SafetensorError, KeyError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise BundleError(f"{path} is damaged ({reason}); restore the bundle from a copy") from None
@@ -290,11 +307,10 @@ class Detector:
             judged = [self._judge(Batch(*batch), False) for batch in zip(pieces, labels, strict=False)]
         return np.array([score for one in judged for score in one.score])
 
-    def _check_probes(self, probes: dict[str, npt.NDArray[Any]], path: Path) -> None:
-        label = torch.from_numpy(probes["label"]) if "label" in probes else None
-        again = self._probe_scores(Batch(torch.from_numpy(probes["images"]), label))
+    def _check_probes(self, probes: Batch, scores: Floats, path: Path) -> None:
+        again = self._probe_scores(probes)
         low, high = np.quantile(np.concatenate(self.calibration.scores), [0.25, 0.75])
-        moved = float(np.abs(again - probes["scores"]).max()) / max(float(high - low), 1e-12)
+        moved = float(np.abs(again - scores).max()) / max(float(high - low), 1e-12)
         if not moved <= PROBE_TOLERANCE:
             raise BundleError(
                 f"{path} scores its own probe images differently on {self.device} (by {moved:.2g} quartile ranges, "

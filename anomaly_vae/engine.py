@@ -7,8 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anomaly_vae.compiled import recorded
 from anomaly_vae.detector import Detector, Judgement
 from anomaly_vae.errors import ConfigError
+from anomaly_vae.precision import at_precision
 
 
 class Engine:
@@ -17,23 +19,30 @@ class Engine:
     On a GPU batches are padded to 1, 2, 4 ... `max_batch` images, so that it meets only shapes it was warmed with; a
     CPU takes any, and so do tiles, which are judged picture by picture. Larger ones are cut. A picture's score does not
     depend on the batch it came in (float32: within 1e-5 of the calibration scores' quartile range).
+
+    `precision`: bfloat16 is quicker where the device has it and raises no more false alarms (see `precision`); `auto`
+    takes it where it can be had, and `remark` says why it could not.
     """
 
-    def __init__(self, detector: Detector, device: str = "auto", max_batch: int = 32) -> None:
+    def __init__(
+        self, detector: Detector, device: str = "auto", max_batch: int = 32, precision: str = "float32"
+    ) -> None:
         if max_batch < 1:
             raise ConfigError(f"max_batch must be at least 1, not {max_batch}")
         self.device = pick_device(device)
-        self.detector = detector.to(self.device)
+        self.detector, self.remark = at_precision(detector.to(self.device), precision)
         self.max_batch = max_batch
 
     def warm(self) -> None:
-        """Judge one blank batch of every size, so that no user waits for kernels to be chosen."""
+        """Record the scores as native calls, and judge one blank batch of every size, so that no user waits for it."""
+        self.detector = recorded(self.detector)
         image = self.detector.image
         for size in self._buckets():
             blank = torch.zeros((size, image.channels, image.height, image.width), dtype=torch.uint8)
             condition = self.detector.spec.model.condition
             classes = [condition.classes[0]] * size if condition and self.detector.wants_classes else None
-            self.detector.judge(blank, True, classes)
+            for heat in (False, True):
+                self.detector.judge(blank, heat, classes)
 
     def prepare(self, data: bytes) -> Tensor:
         """A picture's bytes as uint8 (C, H, W); raises `BadImage`."""

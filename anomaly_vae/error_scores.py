@@ -6,8 +6,8 @@ from pydantic import Field
 from torch import Tensor
 
 from anomaly_vae.model import ModelSpec
-from anomaly_vae.observations import Observation, gaussian_blur, wide
-from anomaly_vae.score_base import References, Score
+from anomaly_vae.observations import Observation, gaussian_blur, shorter_side, wide
+from anomaly_vae.score_base import References, Score, mean_of_largest
 
 
 class SquaredError(Score):
@@ -67,7 +67,7 @@ class LocalMaximum(Score):
         return wide(self.map(seen, references)).flatten(1).amax(1)
 
     def map(self, seen: Observation, references: References) -> Tensor:
-        return seen.once(self, lambda: gaussian_blur(seen.squared_error, self.window * min(seen.x.shape[2:])))
+        return seen.once(self, lambda: gaussian_blur(seen.squared_error, self.window * shorter_side(seen.x)))
 
 
 class TopK(Score):
@@ -80,9 +80,7 @@ class TopK(Score):
     share: float = Field(0.02, gt=0, le=1)
 
     def __call__(self, seen: Observation, references: References) -> Tensor:
-        errors = wide(seen.squared_error).flatten(1)
-        count = max(1, round(self.share * errors.shape[1]))
-        return errors.topk(count, dim=1).values.mean(1)
+        return mean_of_largest(wide(seen.squared_error).flatten(1), self.share)
 
     def map(self, seen: Observation, references: References) -> Tensor:
         return seen.squared_error

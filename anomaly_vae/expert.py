@@ -13,7 +13,7 @@ from torch import Tensor
 from anomaly_vae.expert_spec import ExpertSpec
 from anomaly_vae.fusion import fit_scale, standardise
 from anomaly_vae.model import AutoEncoder
-from anomaly_vae.observations import Observation, Seen, gaussian_blur, observe, wide
+from anomaly_vae.observations import Observation, Seen, gaussian_blur, observe, shorter_side, wide
 from anomaly_vae.score_base import of_classes
 from anomaly_vae.scores import ScoreSpec, measure
 
@@ -107,10 +107,19 @@ class Expert:
         references = References(of_scores, scales, np.maximum(np.quantile(heat, _HEAT_QUANTILE, axis=0), 1e-12))
         return cls(spec, model, references)
 
-    def judge(self, batch: Batch, blur: float | None) -> Seeing:
-        """Scores of images, and with a `blur` (share of the shorter side) their heat at the images' own resolution."""
+    def columns(self, images: Tensor) -> Tensor:
+        """All scores of uint8 images (B, C, H, W) whose class nobody tells, float64 (B, scores), on their device."""
+        return _measured(self.spec, Batch(images).seen_by(self.model), self.references.of_scores)
+
+    def judge(self, batch: Batch, blur: float | None, given: Floats | None = None) -> Seeing:
+        """Scores of images, and with a `blur` (share of the shorter side) their heat at the images' own resolution.
+
+        `given`: the scores (B, scores), where they are known already.
+        """
+        if given is not None and blur is None:
+            return Seeing(given, self._standardised(given), None)
         seen = batch.seen_by(self.model)
-        columns = _columns(self.spec, seen, self.references.of_scores)
+        columns = _columns(self.spec, seen, self.references.of_scores) if given is None else given
         heat = None
         if blur is not None:
             maps = _maps(self.spec, seen, self.references.of_scores, blur)
@@ -118,10 +127,16 @@ class Expert:
             heat = enlarged(compressed(maps / scales[:, None, None]).mean(1), batch.images)
         return Seeing(columns, self._standardised(columns), heat)
 
+    def standing(self, columns: Floats) -> Floats:
+        """Where scores (B, scores) stand among those of normals, as z of the same shape."""
+        return self._z(self.spec.columns, columns)
+
     def _standardised(self, columns: Floats) -> Floats:
+        return self._z(self.spec.fused, columns)
+
+    def _z(self, kinds: Sequence[str], columns: Floats) -> Floats:
         of_kind, scales = dict(zip(self.spec.columns, columns.T, strict=True)), self.references.scales
-        fused = self.spec.fused
-        return np.stack([standardise(_natural(self.spec, kind, of_kind[kind]), scales[kind]) for kind in fused], 1)
+        return np.stack([standardise(_natural(self.spec, kind, of_kind[kind]), scales[kind]) for kind in kinds], 1)
 
     def on(self, device: torch.device) -> "Expert":
         """Model and references on `device`."""
@@ -263,7 +278,7 @@ def _maps(spec: ExpertSpec, seen: Seen, of_scores: OfScores, blur: float) -> Ten
     if not spec.mapped:
         return seen.heat(blur)[:, None]
     maps = [of_classes(seen, partial(_map, score, of_scores.get(score.column, {}))) for score in spec.mapped]
-    return torch.stack([gaussian_blur(one, blur * min(one.shape[1:])) for one in maps], 1)
+    return torch.stack([gaussian_blur(one, blur * shorter_side(one)) for one in maps], 1)
 
 
 def _map(score: ScoreSpec, references: Mapping[str, Tensor], seen: Observation) -> Tensor:
@@ -272,9 +287,12 @@ def _map(score: ScoreSpec, references: Mapping[str, Tensor], seen: Observation) 
     return found.float()
 
 
+def _measured(spec: ExpertSpec, seen: Seen, of_scores: OfScores) -> Tensor:
+    return torch.stack([wide(measure(score, seen, of_scores.get(score.column, {}))) for score in spec.scores], 1)
+
+
 def _columns(spec: ExpertSpec, seen: Seen, of_scores: OfScores) -> Floats:
-    columns = [wide(measure(score, seen, of_scores.get(score.column, {}))) for score in spec.scores]
-    return np.asarray(torch.stack(columns, 1).cpu().numpy(), np.float64)
+    return np.asarray(_measured(spec, seen, of_scores).cpu().numpy(), np.float64)
 
 
 def _natural(spec: ExpertSpec, kind: str, column: Floats) -> Floats:

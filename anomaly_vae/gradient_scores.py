@@ -8,7 +8,7 @@ from torch import Tensor
 
 from anomaly_vae.differentiable import gradients
 from anomaly_vae.model import ModelSpec
-from anomaly_vae.observations import Observation, antithetic, gaussian_blur
+from anomaly_vae.observations import Observation, antithetic, gaussian_blur, shorter_side
 from anomaly_vae.score_base import References, Score, no_bound
 
 
@@ -31,7 +31,7 @@ class Gradient(Score):
     def map(self, seen: Observation, references: References) -> Tensor:
         error = (seen.x - seen.reconstruction).abs().mean(1)
         felt = self._slopes(seen)[:, 1].abs().mean(1)
-        return gaussian_blur(error * felt, self.window * min(error.shape[1:]))
+        return gaussian_blur(error * felt, self.window * shorter_side(error))
 
     def refusal(self, model: ModelSpec) -> str | None:
         return no_bound(model)

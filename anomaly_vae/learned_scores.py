@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from anomaly_vae.model import ModelSpec
-from anomaly_vae.observations import Observation, gaussian_blur, wide
-from anomaly_vae.score_base import References, Score
+from anomaly_vae.observations import Observation, gaussian_blur, shorter_side, wide
+from anomaly_vae.score_base import References, Score, mean_of_largest
 from anomaly_vae.whitened_score import WhitenedScore
 
 
@@ -24,15 +24,14 @@ class SyntheticDefect(Score):
     share: float = Field(0.002, gt=0, le=1)
 
     def __call__(self, seen: Observation, references: References) -> Tensor:
-        marks = wide(self.map(seen, references)).flatten(1)
-        return marks.topk(max(1, round(self.share * marks.shape[1])), 1).values.mean(1)
+        return mean_of_largest(wide(self.map(seen, references)).flatten(1), self.share)
 
     def map(self, seen: Observation, references: References) -> Tensor:
         return seen.once(("marks", self.window), lambda: self._marks(seen))
 
     def _marks(self, seen: Observation) -> Tensor:
         marks = F.softplus(seen.model.mark(seen.x, seen.output))
-        return gaussian_blur(marks, self.window * min(marks.shape[1:]))
+        return gaussian_blur(marks, self.window * shorter_side(marks))
 
     def refusal(self, model: ModelSpec) -> str | None:
         return None if model.marker else "it asks a marker trained on synthetic defects; set model.marker={}"

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -34,11 +34,22 @@ class Opinion(NamedTuple):
     heat: Tensor | None
 
 
+class Native(NamedTuple):
+    """Scores of all experts of a member at once, in their order: uint8 images as the models see them -> (B, columns).
+
+    `exact`: they are the experts' own, so that these may tell them where they are asked for heat anyway.
+    """
+
+    columns: Callable[[Tensor], Tensor]
+    exact: bool
+
+
 @dataclass(frozen=True)
 class Member:
-    """`experts[name]`: the models of one kind, more than one in an ensemble."""
+    """`experts[name]`: the models of one kind, more than one in an ensemble. `native`: a faster way to their scores."""
 
     experts: Mapping[str, tuple[Expert, ...]]
+    native: Native | None = None
 
     @classmethod
     def fit(
@@ -90,9 +101,11 @@ class Member:
 
     def _judge(self, spec: DetectorSpec, batch: Batch, heat: bool) -> Opinion:
         """As `judge`, of what the models see."""
-        mapped = self._finest() if heat else set()
+        mapped, known = self._finest() if heat else set(), self._known(batch, heat)
         seen = {
-            name: _averaged([expert.judge(batch, spec.heat_blur if name in mapped else None) for expert in experts])
+            name: _averaged(
+                [expert.judge(batch, spec.heat_blur if name in mapped else None, next(known)) for expert in experts]
+            )
             for name, experts in self.experts.items()
         }
         columns = np.concatenate([one.columns for one in seen.values()], 1)
@@ -103,6 +116,13 @@ class Member:
         else:
             score = columns[:, spec.parts.index(spec.verdict)]
         return Opinion(columns, score, torch.stack(heats).mean(0) if heats else None)
+
+    def _known(self, batch: Batch, heat: bool) -> Iterator[Floats | None]:
+        """The scores of one expert after the other, where there is a native way to them; else None for each."""
+        if self.native is None or (heat and self.native.exact):
+            return itertools.repeat(None)
+        sizes = [len(expert.spec.columns) for of_kind in self.experts.values() for expert in of_kind]
+        return (columns.cpu().numpy() for columns in torch.split(self.native.columns(batch.images), sizes, 1))
 
     def _finest(self) -> set[str]:
         """The kinds that see pictures at the finest resolution: another's map would only blur theirs."""

@@ -173,7 +173,7 @@ class AutoEncoder(nn.Module):
         """The likelihood's raw parameters for latents z (B, D)."""
         context = context or Context()
         if context.embedded is not None:
-            z = torch.cat([z, context.embedded.to(z).expand(len(z), -1)], 1)
+            z = torch.cat([z, context.embedded.to(z).expand(z.shape[0], -1)], 1)
         output: Tensor = self.decoder(z, context.maps) if context.maps else self.decoder(z)
         return output
 

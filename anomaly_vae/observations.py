@@ -6,7 +6,7 @@ score is the same number, to about 1e-7 of itself, whatever batch the image came
 
 import math
 from collections.abc import Callable, Hashable
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from anomaly_vae.differentiable import Differentiable
 from anomaly_vae.latent_laws import GaussianLaw, LatentLaw
 from anomaly_vae.model import AutoEncoder, Context, beside
 from anomaly_vae.posteriors import DiagonalGaussian, Posterior, Spherical
+
+_AT_ONCE = 4
+"""More codes of a batch are decoded one by one, so that memory holds them."""
 
 
 def wide(values: Tensor) -> Tensor:
@@ -134,9 +137,19 @@ class Observation:
         if not self.posterior.random:
             return [self.output]
         if (samples, seed) not in self._outputs:
-            draws = self.draws(samples, seed)
-            self._outputs[samples, seed] = [self._decode(z) for z in draws]
+            # The posterior mean goes along, since most models are asked for it as well.
+            self.output, *self._outputs[samples, seed] = self._decode_all([self.code, *self.draws(samples, seed)])
         return self._outputs[samples, seed]
+
+    def _decode_all(self, codes: list[Tensor]) -> list[Tensor]:
+        """Raw parameters at each of the codes (B, D); at once where these are few and the decoder sees nothing else.
+
+        A decoder prepares its weights anew at every call, which for a single picture costs more than the decoding.
+        """
+        context = self._read[1]
+        if len(codes) > _AT_ONCE or context.embedded is not None or context.maps:
+            return [self._decode(z) for z in codes]
+        return list(self._decode(torch.cat(codes)).chunk(len(codes)))
 
     def log_likelihoods(self, samples: int, seed: int) -> Tensor:
         """log p(x given z) in nats of each draw, (S, B): log-densities summed over pixels and channels."""
@@ -167,7 +180,7 @@ class Observation:
 
         `blur` is the standard deviation as a share of the shorter side: single pixels are noise, defects are larger.
         """
-        return gaussian_blur(self.deviation, blur * min(self.deviation.shape[1:]))
+        return gaussian_blur(self.deviation, blur * shorter_side(self.deviation))
 
 
 class Marginal:
@@ -180,7 +193,7 @@ class Marginal:
     def __init__(self, model: AutoEncoder, x: Tensor) -> None:
         self.model, self.x = model, x
         numbers = torch.arange(len(model.classes), device=x.device)
-        self.of_classes = [Observation(model, x, number.expand(len(x))) for number in numbers]
+        self.of_classes = [Observation(model, x, number.expand(x.shape[0])) for number in numbers]
 
     @cached_property
     def weights(self) -> Tensor:
@@ -219,16 +232,25 @@ def observe(model: AutoEncoder, x: Tensor, label: Tensor | None = None) -> Seen:
     return Marginal(model, x) if model.classes and label is None else Observation(model, x, label)
 
 
+@cache
 def antithetic(samples: int, size: int, seed: int) -> Tensor:
-    """Standard normal noise (samples, size) in pairs of both signs, on the CPU."""
-    generator = torch.Generator().manual_seed(seed)
-    half = torch.randn((samples + 1) // 2, size, generator=generator)
-    return torch.stack([half, -half], 1).flatten(0, 1)[:samples]
+    """Standard normal noise (samples, size) in pairs of both signs, on the CPU; nobody may write on it."""
+    # An ordinary tensor, wherever it is first asked for: some scores differentiate with it.
+    with torch.inference_mode(False):
+        generator = torch.Generator().manual_seed(seed)
+        half = torch.randn((samples + 1) // 2, size, generator=generator)
+        return torch.stack([half, -half], 1).flatten(0, 1)[:samples]
+
+
+def shorter_side(images: Tensor) -> int:
+    """Pixels of the shorter side of images or maps (..., H, W)."""
+    # While scores are recorded (`compiled`), a size is a float32 tensor in all that is reckoned of it, until made one.
+    return min(int(size) for size in images.shape[-2:])
 
 
 def gaussian_blur(maps: Tensor, sigma: float) -> Tensor:
     """Blur maps (B, H, W) with a Gaussian of `sigma` pixels; borders mirror. Below 0.3 px the maps are left alone."""
-    radius = min(math.ceil(3 * sigma), min(maps.shape[1:]) - 1)
+    radius = min(math.ceil(3 * sigma), shorter_side(maps) - 1)
     if sigma < 0.3 or radius < 1:
         return maps
     offsets = torch.arange(-radius, radius + 1, device=maps.device, dtype=maps.dtype)

@@ -21,7 +21,7 @@ def grid_of(x: Tensor, cells: int) -> Grid:
 
     They are nearly square up to a ratio of 4 : 1; beyond, there are no more of them.
     """
-    height, width = x.shape[2:]
+    height, width = _sides(x)
     cell = min(height, width) / cells
     return min(round(height / cell), 4 * cells), min(round(width / cell), 4 * cells)
 
@@ -45,8 +45,14 @@ def oriented(x: Tensor, orientations: int) -> Tensor:
 
 def windowed(maps: Tensor, grid: Grid, sigma: float) -> Tensor:
     """Means of maps (B, C, H, W) in Gaussian windows of `sigma` pixels about the centres of a grid, (B, C, *grid)."""
-    down, across = (_windows(count, size, sigma, maps) for count, size in zip(grid, maps.shape[2:], strict=True))
+    down, across = (_windows(count, size, sigma, maps) for count, size in zip(grid, _sides(maps), strict=True))
     return down @ (maps @ across.T)
+
+
+def _sides(maps: Tensor) -> tuple[int, int]:
+    """Height and width of maps (B, C, H, W)."""
+    # While scores are recorded (`compiled`), a size is a float32 tensor in all that is reckoned of it, until made one.
+    return int(maps.shape[2]), int(maps.shape[3])
 
 
 def _smoothed(x: Tensor) -> Tensor:

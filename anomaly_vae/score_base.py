@@ -72,6 +72,13 @@ class Score(Spec):
         return {}
 
 
+def mean_of_largest(values: Tensor, share: float) -> Tensor:
+    """Mean of the largest of each row (B, N), those of the share `share` of N (at least one); shape (B,)."""
+    # While a model's scores are recorded (`compiled`), a size is no number until it is made one.
+    count = max(1, round(share * int(values.shape[1])))
+    return values.topk(count, dim=1).values.mean(1)
+
+
 def refusal(score: Score, model: ModelSpec) -> str | None:
     """Why a score means nothing for a model; None where it does."""
     if score.of_pictures and model.backbone is not None:

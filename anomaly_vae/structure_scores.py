@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from anomaly_vae.observations import Observation, gaussian_blur, wide
+from anomaly_vae.observations import Observation, gaussian_blur, shorter_side, wide
 from anomaly_vae.score_base import References, Score
 
 _LUMINANCE, _CONTRAST = 0.01**2, 0.03**2
@@ -57,14 +57,14 @@ class Msgms(Score):
         found = []
         for scale in range(self.scales):
             if scale:
-                if min(x.shape[2:]) < 8:
+                if shorter_side(x) < 8:
                     break
                 x, reconstruction = F.avg_pool2d(x, 2), F.avg_pool2d(reconstruction, 2)
             ours, theirs = edges(x), edges(reconstruction)
             # 1 - (2 a b + c) / (a^2 + b^2 + c), written so that equal edges give 0.
             unlike = (ours - theirs) ** 2 / (ours**2 + theirs**2 + _EDGES)
             found.append(F.interpolate(unlike, size, mode="bilinear", align_corners=False))
-        return gaussian_blur(torch.stack(found).mean(0)[:, 0], self.window * min(size))
+        return gaussian_blur(torch.stack(found).mean(0)[:, 0], self.window * shorter_side(seen.x))
 
 
 def similarity(x: Tensor, y: Tensor, sigma: float) -> Tensor:

@@ -8,8 +8,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from anomaly_vae.observations import Observation, Seen, gaussian_blur, wide
-from anomaly_vae.score_base import Array, Fitted, References, Score, of_classes
+from anomaly_vae.observations import Observation, Seen, gaussian_blur, shorter_side, wide
+from anomaly_vae.score_base import Array, Fitted, References, Score, mean_of_largest, of_classes
 
 _CELLS = 24
 """Cells along the longer side of the grid on which normal errors are remembered."""
@@ -36,8 +36,7 @@ class LocalSurprise(Score):
     share: float = Field(0.002, gt=0, le=1)
 
     def __call__(self, seen: Observation, references: References) -> Tensor:
-        surprise = wide(self._surprise(seen, references)).flatten(1)
-        return surprise.topk(max(1, round(self.share * surprise.shape[1])), 1).values.mean(1)
+        return mean_of_largest(wide(self._surprise(seen, references)).flatten(1), self.share)
 
     def map(self, seen: Observation, references: References) -> Tensor:
         return F.softplus(self._surprise(seen, references))
@@ -71,7 +70,7 @@ class LocalSurprise(Score):
 
     def _logs(self, seen: Observation) -> Tensor:
         """log of the blurred squared error and of the local variance, (2, B, H, W)."""
-        side = min(seen.x.shape[2:])
+        side = shorter_side(seen.x)
         error = gaussian_blur(seen.squared_error, self.window * side)
         grey = seen.x.mean(1)
         wide_window = self.texture * side

@@ -12,9 +12,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from anomaly_vae.observations import Observation, Seen, wide
+from anomaly_vae.observations import Observation, Seen, shorter_side, wide
 from anomaly_vae.oriented_gradients import grid_of, oriented, windowed
-from anomaly_vae.score_base import Array, Fitted, References, Score
+from anomaly_vae.score_base import Array, Fitted, References, Score, mean_of_largest
 
 _REACH = 0.475
 """The standard deviation of a cell's window, in cells."""
@@ -55,8 +55,7 @@ class UnfamiliarTexture(Score):
         return _SHOWN
 
     def __call__(self, seen: Observation, references: References) -> Tensor:
-        distances = self._distances(seen, references).flatten(1)
-        return distances.topk(max(1, round(self.share * distances.shape[1])), 1).values.mean(1)
+        return mean_of_largest(self._distances(seen, references).flatten(1), self.share)
 
     def map(self, seen: Observation, references: References) -> Tensor:
         cells = self._distances(seen, references)[:, None]
@@ -97,7 +96,7 @@ class UnfamiliarTexture(Score):
 
 def described(x: Tensor, cells: int) -> Tensor:
     """What is told of each cell of pictures (B, C, H, W), (B, 8 + C, rows, columns)."""
-    grid, sigma = grid_of(x, cells), _REACH * min(x.shape[2:]) / cells
+    grid, sigma = grid_of(x, cells), _REACH * shorter_side(x) / cells
     return torch.cat([(windowed(oriented(x, 8), grid, sigma) + _DARK).sqrt(), windowed(x, grid, sigma)], 1)
 
 
@@ -105,7 +104,7 @@ def from_memory(points: Tensor, memory: Tensor, neighbours: int) -> Tensor:
     """Mean distance of points (N, D) from the nearest of `memory` (M, D), shape (N,)."""
     count, squares, found = min(neighbours, len(memory)), memory.square().sum(1), []
     for some in torch.split(points, _AT_ONCE):
-        nearest = memory[torch.topk(squares - 2 * some @ memory.T, count, 1, largest=False).indices]
+        nearest = memory[torch.topk(torch.addmm(squares, some, memory.T, alpha=-2), count, 1, largest=False).indices]
         # Anew: the difference of squares that told which they are has lost what is small.
         found.append((nearest - some[:, None]).square().sum(2).sqrt().mean(1))
     return torch.cat(found)

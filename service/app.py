@@ -1,5 +1,6 @@
 """Putting the service together: models behind one queue, the store, metrics and all routes in one Flask application."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from service.settings import ServiceSettings
 from service.store import Kept, Store
 from service.verdicts_api import VerdictPages
 
+_log = logging.getLogger(__name__)
 _LOOK_SECONDS = 1.0
 """How often a process asks the store whether another one decided anything."""
 
@@ -81,7 +83,10 @@ def create_app(
         on_lost(error)
 
     def engine(detector: Detector) -> Engine:
-        return Engine(detector, settings.device, settings.max_batch)
+        made = Engine(detector, settings.device, settings.max_batch, settings.precision)
+        if made.remark:
+            _log.warning("%s", made.remark)
+        return made
 
     models = Models(
         engine, open_bundle, settings.models, store.database if store else None,

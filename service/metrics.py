@@ -41,8 +41,9 @@ class Metrics:
         self._declare_traffic(registry)
         self._declare_verdicts(registry)
         self._declare_store(registry)
-        for stage in STAGES:
-            self._stages.labels(stage)
+        # A metric looks its labels up under a lock each time; these are asked for at every request.
+        self._of_stage = {stage: self._stages.labels(stage) for stage in STAGES}
+        self._of_answer: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         for reason in REJECTIONS:
             self._rejected.labels(reason)
 
@@ -132,12 +133,16 @@ class Metrics:
 
     def request(self, route: str, method: str, code: int, seconds: float) -> None:
         """One answered request; `route` must be a template, never a raw path."""
-        self._requests.labels(route, method if method in METHODS else "other", str(code)).inc()
-        self._request_seconds.labels(route).observe(seconds)
+        answer = (route, method if method in METHODS else "other", code)
+        if answer not in self._of_answer:
+            self._of_answer[answer] = self._requests.labels(*answer), self._request_seconds.labels(route)
+        counted, timed = self._of_answer[answer]
+        counted.inc()
+        timed.observe(seconds)
 
     def stage(self, stage: str, seconds: float) -> None:
         """One stage of one picture, or of one request for `read`."""
-        self._stages.labels(stage).observe(seconds)
+        self._of_stage[stage].observe(seconds)
 
     def batch(self, size: int) -> None:
         """One batch the model judged."""

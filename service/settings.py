@@ -30,6 +30,7 @@ class ServiceSettings(Spec):
     model: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     source: str = Field(default="default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     device: str = "auto"
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
 
     max_batch: int = Field(default=16, ge=1, le=1024)
     queue_size: int = Field(default=64, ge=1, le=65536)

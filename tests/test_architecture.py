@@ -18,7 +18,7 @@ LIBRARY = [
     {"backbones", "image_headers", "calibration", "fusion", "metrics", "bundle"},
     {"images", "model", "checkpoints"},
     {"perceptual", "exposure", "differentiable", "tiling", "masking"},
-    {"objectives", "observations", "regions"},
+    {"objectives", "observations", "regions", "lowering"},
     {"score_base", "whitening"},
     {"whitened_score"},
     {
@@ -44,6 +44,8 @@ LIBRARY = [
     {"recipe", "expert"},
     {"member", "presets", "dividing", "labelling", "known"},
     {"detector", "checkpointing"},
+    {"compiled"},
+    {"precision"},
     {"engine"},
     {"fabric", "fitting"},
     {"latent_space", "explore_page"},
