@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
@@ -20,11 +20,11 @@ from torch import Tensor
 from anomaly_vae.bundle import MANIFEST, Bundle, read_bundle, write_bundle
 from anomaly_vae.calibration import Calibration, Mode
 from anomaly_vae.errors import BundleError, ConfigError
-from anomaly_vae.expert import Batch, Expert, References
-from anomaly_vae.expert_spec import ExpertSpec
+from anomaly_vae.expert import Batch
 from anomaly_vae.images import ImageSpec, decode, inside, masked
 from anomaly_vae.member import Member
-from anomaly_vae.networks import Shape
+from anomaly_vae.normals import Normals
+from anomaly_vae.packing import packed_members, unpacked_member
 from anomaly_vae.recipe import DetectorSpec
 from anomaly_vae.spec import Spec
 
@@ -33,7 +33,7 @@ Floats = npt.NDArray[np.float64]
 HEAT_FULL = 4.0
 """Heat is in units of the normals' extreme pixels; from four of them on it is painted brightest."""
 
-_NO_PROBES = safetensors.numpy.save({})
+_NOTHING = safetensors.numpy.save({})
 
 PROBE_TOLERANCE = 1e-3
 """How far a probe image's score may move on another device, as a share of the calibration scores' quartile range."""
@@ -94,6 +94,7 @@ class Detector:
     `version`: the first 12 hex digits of its content hash. `seen`: hashes (uint64) of all pictures that took part in
     training, fitting or calibration, so that an evaluation can leave them out. `known_kinds`: the kinds of anomalies
     that it was shown in training. `probes`: the images that its bundle keeps beside their scores.
+    `normals`: what explanations compare with, where the bundle has it.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class Detector:
         self.seen = seen if seen is not None else np.zeros(0, np.uint64)
         self.known_kinds = tuple(known_kinds)
         self.probes: Batch | None = None
+        self.normals: Normals | None = None
 
     @property
     def device(self) -> torch.device:
@@ -175,6 +177,15 @@ class Detector:
         """
         with torch.inference_mode():
             return self._judge(Batch(images, self.numbers_of(classes)), heat)
+
+    def explain(self, images: Tensor, parts: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+        """Why images (B, C, H, W) got the `parts` that `judge` gave them, see `Normals.explanation`.
+
+        Raises `BundleError` where the bundle is too old to tell.
+        """
+        if self.normals is None:
+            raise BundleError("this bundle keeps nothing to explain by; train it again with this version")
+        return self.normals.explanations(self.members[0], masked(images, self.image), parts)
 
     @property
     def wants_classes(self) -> bool:
@@ -244,7 +255,9 @@ class Detector:
         try:
             description = Description.parse(bundle.description, str(path / MANIFEST))
             detector = cls._unpack(bundle, description, torch.device(device))
-            probes = safetensors.numpy.load(bundle.files.get("probes.safetensors", _NO_PROBES))
+            normals = safetensors.numpy.load(bundle.files.get("normals.safetensors", _NOTHING))
+            detector.normals = Normals.unpacked(normals) if normals else None
+            probes = safetensors.numpy.load(bundle.files.get("probes.safetensors", _NOTHING))
             if len(probes):
                 label = torch.from_numpy(probes["label"]) if "label" in probes else None
                 detector.probes = Batch(torch.from_numpy(probes["images"]), label)
@@ -259,7 +272,7 @@ class Detector:
         spec, count = description.spec, description.members
         numbers = safetensors.numpy.load(bundle.files["reference.safetensors"])
         weights = safetensors.torch.load(bundle.files["weights.safetensors"])
-        members = [_unpack_member(spec, i, weights, numbers).on(device) for i in range(count)]
+        members = [unpacked_member(spec, i, weights, numbers).on(device) for i in range(count)]
         sets = sum(name.startswith("calibration.") for name in numbers)
         calibration = Calibration.of([numbers[f"calibration.{i}"] for i in range(sets)], description.groups)
         policy = policy_of(calibration, description.alpha, description.mode)
@@ -282,18 +295,15 @@ class Detector:
         return dict(description.model_dump(mode="json"))
 
     def _files(self, probes: Batch | None) -> dict[str, bytes]:
-        weights: dict[str, Tensor] = {}
-        numbers: dict[str, npt.NDArray[Any]] = {"seen": self.seen}
+        weights, numbers = packed_members(self.members)
+        numbers["seen"] = self.seen
         numbers |= {f"calibration.{i}": scores for i, scores in enumerate(self.calibration.scores)}
-        for i, member in enumerate(self.members):
-            for place, expert in _places(i, member):
-                for name, tensor in expert.model.state_dict().items():
-                    weights[f"{place}.{name}"] = tensor.detach().cpu().contiguous()
-                numbers |= {f"{place}.{name}": array for name, array in _pack_references(expert.references).items()}
         files = {
             "weights.safetensors": safetensors.torch.save(weights),
             "reference.safetensors": safetensors.numpy.save(numbers),
         }
+        if self.normals is not None:
+            files["normals.safetensors"] = safetensors.numpy.save(self.normals.packed())
         if probes is not None and len(probes.images):
             kept = {"images": probes.images.numpy(), "scores": self._probe_scores(probes)}
             kept |= {} if probes.label is None else {"label": probes.label.numpy()}
@@ -343,54 +353,3 @@ def policy_of(calibration: Calibration, alpha: float | None, mode: Mode) -> Poli
     alpha = calibration.smallest_alpha(mode) if alpha is None else alpha
     promise = calibration.promise(alpha, mode)
     return Policy(alpha, mode, calibration.threshold(alpha, mode), promise.expected, promise.bound, promise.band)
-
-
-def _pack_references(references: References) -> dict[str, npt.NDArray[Any]]:
-    packed: dict[str, npt.NDArray[Any]] = {"heat_scales": references.heat_scales}
-    packed |= {f"scale.{kind}": knots for kind, knots in references.scales.items()}
-    for kind, tensors in references.of_scores.items():
-        packed |= {f"score.{kind}.{name}": tensor.cpu().numpy() for name, tensor in tensors.items()}
-    return packed
-
-
-def _places(i: int, member: Member) -> Iterator[tuple[str, Expert]]:
-    """Each expert of member i and under what name its tensors are kept."""
-    for kind, experts in member.experts.items():
-        for seed, expert in enumerate(experts):
-            yield _place(i, kind, seed), expert
-
-
-def _place(i: int, kind: str, seed: int) -> str:
-    return f"{i}/{kind}/{seed}"
-
-
-def _unpack_member(
-    spec: DetectorSpec, i: int, weights: dict[str, Tensor], numbers: dict[str, npt.NDArray[Any]]
-) -> Member:
-    shape = spec.shape
-    experts = {
-        kind: tuple(_unpack_expert(own, shape, _place(i, kind, seed), weights, numbers) for seed in range(own.ensemble))
-        for kind, own in spec.experts.items()
-    }
-    return Member(experts)
-
-
-def _unpack_expert(
-    spec: ExpertSpec, shape: Shape, place: str, weights: dict[str, Tensor], numbers: dict[str, npt.NDArray[Any]]
-) -> Expert:
-    # On the meta device a spec that claims gigabytes costs nothing until its weights turn out to be there.
-    with torch.device("meta"):
-        model = spec.model.build(shape, seed=0)
-    own = {name.removeprefix(f"{place}."): tensor for name, tensor in weights.items() if name.startswith(f"{place}.")}
-    wanted = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
-    if wanted != {name: (tensor.shape, tensor.dtype) for name, tensor in own.items()}:
-        raise ValueError("the weights do not fit its own spec")
-    model.load_state_dict(own, assign=True)
-    model.lay_channels_last()
-    of_scores: dict[str, dict[str, Tensor]] = {}
-    for name, array in numbers.items():
-        if name.startswith(f"{place}.score."):
-            kind, part = name.removeprefix(f"{place}.score.").split(".")
-            of_scores.setdefault(kind, {})[part] = torch.from_numpy(array)
-    scales = {kind: numbers[f"{place}.scale.{kind}"] for kind in spec.columns}
-    return Expert(spec, model.eval(), References(of_scores, scales, numbers[f"{place}.heat_scales"]))

@@ -137,9 +137,16 @@ class Member:
 
 def member_scores(spec: DetectorSpec, member: Member, batches: Iterator[Batch]) -> Floats:
     """The verdict's scores of all images in `batches` by one member; shape (n,)."""
+    return member_opinions(spec, member, batches)[0]
+
+
+def member_opinions(spec: DetectorSpec, member: Member, batches: Iterator[Batch]) -> tuple[Floats, Floats]:
+    """The same, and all parts of them, shape (n, parts)."""
     with torch.inference_mode():
-        scores = [member.judge(spec, batch).score for batch in batches]
-    return np.concatenate(scores) if scores else np.zeros(0)
+        opinions = [member.judge(spec, batch) for batch in batches]
+    if not opinions:
+        return np.zeros(0), np.zeros((0, len(spec.parts)))
+    return np.concatenate([one.score for one in opinions]), np.concatenate([one.columns for one in opinions])
 
 
 def _as_seen(spec: DetectorSpec, batches: Batches) -> Batches:

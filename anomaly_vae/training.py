@@ -33,8 +33,9 @@ from anomaly_vae.fabric import make_fabric
 from anomaly_vae.fitting import Fitted, Fitting, Progress
 from anomaly_vae.images import ImageSpec
 from anomaly_vae.known import Known, open_known
-from anomaly_vae.member import Batch, Batches, Member, member_scores
+from anomaly_vae.member import Batch, Batches, Member, member_opinions
 from anomaly_vae.model import AutoEncoder
+from anomaly_vae.normals import MOST, Normals
 from anomaly_vae.objectives import Objective
 from anomaly_vae.recipe import DetectorSpec
 from anomaly_vae.seeds import generator_of, seed_of
@@ -287,14 +288,25 @@ def _calibrated(
     groups: int | None,
     known: Known | None,
 ) -> Detector:
-    scores = [
-        member_scores(spec, member, _batches(spec, pictures, part.calibrate)())
+    opinions = [
+        member_opinions(spec, member, _batches(spec, pictures, part.calibrate)())
         for member, part in zip(members, parts, strict=True)
     ]
+    scores = [score for score, _ in opinions]
     seen = np.unique(pictures.fingerprints[made_from(parts)])
     seen = np.union1d(seen, known.seen) if known else seen
     kinds = tuple(known.counts) if known else ()
-    return Detector(spec, members, Calibration.of(scores, groups), seen=seen, known_kinds=kinds)
+    detector = Detector(spec, members, Calibration.of(scores, groups), seen=seen, known_kinds=kinds)
+    calibrate = np.concatenate([part.calibrate for part in parts])
+    named = calibrate[np.linspace(0, len(calibrate) - 1, min(MOST, len(calibrate))).astype(int)]
+    detector.normals = Normals.of(
+        spec,
+        members[0],
+        np.concatenate([columns for _, columns in opinions]),
+        _batches(spec, pictures, named)(),
+        [pictures.items[i].key for i in named],
+    )
+    return detector
 
 
 def _batches(spec: DetectorSpec, pictures: Pictures, indices: Indices) -> Batches:

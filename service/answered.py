@@ -54,6 +54,29 @@ class Region(Reply):
     model_config = ConfigDict(extra="allow")
 
 
+class Latent(Reply):
+    """A number of the code that lies far from normal ones, in their standard deviations."""
+
+    index: int
+    value: float
+    deviations: float
+
+
+class Neighbour(Reply):
+    """The normal picture with the most similar code; `distance`: root mean square of their deviations."""
+
+    name: str
+    distance: float
+
+
+class Explanation(Reply):
+    """Why a picture got its verdict. `percentiles`: of each part among normals, 100 being beyond all of them."""
+
+    percentiles: dict[str, float]
+    latents: list[Latent]
+    nearest_normal: Neighbour | None
+
+
 class Scored(Reply):
     """A picture's verdict, or the `error` that kept it from one."""
 
@@ -68,6 +91,7 @@ class Scored(Reply):
     parts: dict[str, float | None] | None = None
     regions: list[Region] | None = None
     heatmap_png: str | None = None
+    explanation: Explanation | None = None
     error: Failure | None = None
 
 

@@ -32,12 +32,13 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 class ScoreWanted(Spec):
     """`heatmap`: boxes around what is hot, or those and a PNG. `alpha`: judge this reply at another rate of false
-    alarms. `parts`: every score beside the fused one."""
+    alarms. `parts`: every score beside the fused one. `explain`: why."""
 
     model: Name | None = None
     heatmap: Literal["none", "regions", "png"] = "none"
     alpha: Share | None = None
     parts: bool = True
+    explain: bool = False
 
 
 class PolicyWanted(Spec):

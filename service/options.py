@@ -17,7 +17,7 @@ Heat = Literal["none", "regions", "png"]
 
 _HEATS: dict[str, Heat] = {"none": "none", "regions": "regions", "png": "png"}
 _SAID = {"true": True, "1": True, "false": False, "0": False}
-_KNOWN = "model=NAME, heatmap=png or regions, alpha=0.01, parts=false"
+_KNOWN = "model=NAME, heatmap=png or regions, alpha=0.01, parts=false, explain=true"
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Options:
     heat: Heat = "none"
     policy: InForce | None = None
     parts: bool = True
+    explain: bool = False
 
     @classmethod
     def of(cls, arguments: Iterable[tuple[str, str]], served: Served) -> "Options":
@@ -37,11 +38,17 @@ class Options:
                 found["heat"] = _heat(value)
             elif name == "alpha":
                 found["policy"] = _policy(value, served)
-            elif name == "parts":
-                found["parts"] = _flag(name, value)
+            elif name in ("parts", "explain"):
+                found[name] = _flag(name, value)
             elif name != "model":
                 message = f"there is no parameter {name[:40]!r}; there are {_KNOWN}"
                 raise Problem(HTTPStatus.BAD_REQUEST, "unknown_parameter", message)
+        if found.get("explain"):
+            if served.detector.normals is None:
+                message = "this bundle keeps nothing to explain by; train it again with this version"
+                raise Problem(HTTPStatus.CONFLICT, "cannot_explain", message)
+            # Where it is odd belongs to why.
+            found["heat"] = "regions" if found.get("heat", "none") == "none" else found["heat"]
         return cls(**found)
 
     def applied(self, row: dict[str, Any], detector: Detector) -> dict[str, Any]:

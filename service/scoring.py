@@ -213,9 +213,12 @@ class Scorer:
         try:
             scored = ticket.result()
             row = served.policy.applied(_plain(scored.row), served.detector)
-            more, drawn = {}, None
+            more: dict[str, Any] = {}
+            drawn = None
             if scored.heat is not None:
                 more = {"regions": regions_json(scored.heat, served.detector.image, file.data)}
+                if options.explain:
+                    more["explanation"] = self._explained(served, ticket, scored)
                 if options.heat == "png":
                     drawn = self._timed("draw", asked.deadline, lambda: _drawn(scored, ticket))
         except NotScored as failure:
@@ -228,6 +231,16 @@ class Scorer:
         self._metrics.verdict(served.name, served.version, row["p_value"], row["outlier"], asked.source)
         number = self._keeper.keep(served, row, ticket.image, asked.request_id, file.name, asked.source)
         return Verdict(number, options.applied({**row, **more}, served.detector), drawn)
+
+    def _explained(self, served: Served, ticket: Ticket, scored: Scored) -> dict[str, Any]:
+        """The first model looks at it once more, on the models' thread, between two batches."""
+        found: list[dict[str, Any]] = []
+        parts = {name: [value] for name, value in scored.row["parts"].items()}
+        try:
+            self._batcher.run(lambda: found.extend(served.own.explain(ticket.image[None], parts)))
+        except NotAccepted as refusal:
+            raise refused(refusal) from None
+        return found[0]
 
     def _timed(self, stage: str, deadline: float, work: Callable[[], _T]) -> _T:
         """Do CPU work of a request thread, no more of it at once than there are cores."""

@@ -43,6 +43,7 @@ LIBRARY = [
     {"expert_spec"},
     {"recipe", "expert"},
     {"member", "presets", "dividing", "labelling", "known"},
+    {"normals", "packing"},
     {"detector", "checkpointing"},
     {"compiled"},
     {"precision"},

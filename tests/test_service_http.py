@@ -171,6 +171,18 @@ def outliers_counted(client: httpx.Client) -> float:
 
 
 @pytest.mark.parametrize("name", sorted(bad_bytes()))
+def test_an_explanation_is_the_librarys(client: httpx.Client, detector: Detector) -> None:
+    result = client.post("/v1/score?explain=true&parts=false", content=PICTURES["0.png"]).json()["results"][0]
+    image = detector.prepare(PICTURES["0.png"])[None]
+    (expected,) = detector.explain(image, detector.judge(image).parts)
+    assert result["explanation"]["nearest_normal"]["name"] == expected["nearest_normal"]["name"]
+    assert [one["index"] for one in result["explanation"]["latents"]] == [one["index"] for one in expected["latents"]]
+    assert result["explanation"]["percentiles"] == pytest.approx(expected["percentiles"], abs=1)
+    assert isinstance(result["regions"], list)
+    assert "parts" not in result
+    assert "heatmap_png" not in result
+
+
 def test_bad_bytes_get_a_refusal_and_their_neighbours_their_score(
     client: httpx.Client, detector: Detector, expected: dict[str, dict[str, Any]], name: str
 ) -> None:

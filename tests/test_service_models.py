@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 from serving import running
 from test_service_store import form, kept, until
@@ -202,7 +203,7 @@ def test_a_policy_is_tried_then_set_then_taken_back(serve, versions, pictures) -
     row = kept(client, again[-1]["id"])
     assert (row.policy_revision, row.alpha) == (1, 0.3)
 
-    limit = sorted(r["score"] for r in results)[-5]
+    limit = float(np.mean(sorted(r["score"] for r in results)[-5:-3]))  # between two, which rounding cannot swap
     book = client.put("/v1/models/parts/policy", json={"threshold": limit}).json()
     assert (book["policy"]["mode"], book["policy"]["threshold"]) == ("threshold", limit)
     again = client.post("/v1/score", files=form(pictures)).json()["results"]
