@@ -1,121 +1,59 @@
-"""How fast the service is, beside the same detector in a bare loop on the same cores.
+"""How fast the service is, beside the same detector in a bare loop and behind LitServe, on the same cores.
 
     python benchmarks/serve.py BUNDLE --image picture.jpg
 
-wrk keeps 1, 8, 32 connections busy with POSTs; between its runs the bare loop decodes and judges full batches, so that
-a noisy machine disturbs both alike. First every reply of a short run is compared with the library's own score. Needs
-wrk (Debian: apt-get install wrk) and Linux's /proc for the CPU time. Ends with 1 if any reply was wrong or missing.
+wrk keeps 1, 8, 32 connections busy with POSTs of one picture; between its runs the bare loop decodes and judges full
+batches, so that a noisy machine disturbs all alike. First every reply of a short run of each server is compared with
+the library's own score. LitServe is tried with some settings, of which the quickest is measured, once as its users
+would write it and once around this library's native calls; `pip install litserve` makes it available. Then, at half
+the rate that the service reached, requests come by the clock. `--soak N` watches memory over N requests instead.
+
+Needs wrk (Debian: apt-get install wrk) and Linux's /proc. Ends with 1 if any reply was wrong or missing.
 """
 
 import argparse
+import base64
 import importlib.metadata
 import json
 import os
 import platform
 import shutil
+import signal
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ["GOMP_SPINCOUNT"] = "2000"  # as the service does, before torch is imported
 
 import numpy as np
 import torch
+from serve_load import LUA, Run, Target, Tree
 
 from anomaly_vae import AnomalyVaeError, Detector, Engine
 from service.settings import ServiceSettings, available_cores
 
-LUA = """
-local picture = io.open(os.getenv("BENCH_IMAGE"), "rb"):read("*a")
-wrk.method, wrk.body, wrk.headers["Content-Type"] = "POST", picture, "application/octet-stream"
+HERE = Path(__file__).parent
+TRIED = [
+    {"workers": workers, "threads": max(1, available_cores() // workers), "batch_timeout": wait}
+    for workers in sorted({1, available_cores()})
+    for wait in (0.0, 0.01)
+]
+"""LitServe's settings to choose from: processes, torch threads of each, and seconds to wait for a fuller batch."""
+FLOAT32, BFLOAT16 = 1e-5, 0.005
+"""How far a reply may lie from the score of the picture judged alone, in the calibration scores' quartile ranges."""
 
-local expected, tolerance = tonumber(os.getenv("BENCH_SCORE")), tonumber(os.getenv("BENCH_TOLERANCE"))
-wrong = 0
-local threads = {}
-function setup(thread) table.insert(threads, thread) end
-if expected then
-  function response(status, headers, body)
-    local score = tonumber(string.match(body, '"score": (-?[%d.e+-]+)'))
-    if status ~= 200 or not score or math.abs(score - expected) > tolerance then wrong = wrong + 1 end
-  end
-end
-
-function done(summary, latency, requests)
-  local errors, total_wrong = summary.errors, 0
-  for _, thread in ipairs(threads) do total_wrong = total_wrong + thread:get("wrong") end
-  io.write(string.format(
-    'RESULT {"requests": %d, "seconds": %f, "p50": %f, "p99": %f, "failed": %d, "wrong": %d}\\n',
-    summary.requests, summary.duration / 1e6, latency:percentile(50) / 1e3, latency:percentile(99) / 1e3,
-    errors.connect + errors.read + errors.write + errors.status + errors.timeout, total_wrong))
-end
-"""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One measured stretch; milliseconds where nothing else is said."""
-
-    per_second: float
-    p50: float
-    p99: float
-    cpu: float
-    memory_mb: float
-    failed: int = 0
-    wrong: int = 0
-
-
-class Tree:
-    """CPU time and memory of a process and those it has started, from /proc."""
-
-    def __init__(self, pid: int, children: bool = False) -> None:
-        self._pids = [pid]
-        if children:
-            listing = subprocess.run(
-                ["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True
-            ).stdout
-            pairs = [line.split() for line in listing.splitlines()]
-            self._pids += [int(child) for child, parent in pairs if int(parent) == pid]
-
-    def cpu_seconds(self) -> float:
-        ticks = 0
-        for pid in self._pids:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            ticks += int(fields[11]) + int(fields[12])
-        return ticks / os.sysconf("SC_CLK_TCK")
-
-    def memory_mb(self) -> float:
-        pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in self._pids)
-        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-@contextmanager
-def service(bundle: Path, overrides: list[str]) -> Iterator[tuple[str, Tree]]:
-    """A `serve` command in a process of its own: its address and its process tree."""
-    options = [part for override in overrides for part in ("-o", override)]
-    command = [sys.executable, "-m", "anomaly_vae", "serve", str(bundle), "--port", "0", *options]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    assert process.stdout is not None
-    try:
-        url = ""
-        for line in process.stdout:
-            words = line.split()
-            url = words[1] if words[:1] == ["address"] else url
-            if words[:1] == ["stop"]:
-                break
-        else:
-            raise SystemExit("the service did not start; its message is above")
-        yield url, Tree(process.pid, children=True)
-    finally:
-        process.terminate()
-        process.wait(60)
+Key = tuple[str, int]
+"""Who served, and over how many connections; 0: nobody, in a loop."""
 
 
 class Bare:
@@ -134,35 +72,112 @@ class Bare:
             self._engine.judge(torch.stack([one.result() for one in current]), False)
             images += self._batch
         spent, cpu = time.perf_counter() - started, time.process_time() - cpu
-        return Run(images / spent, float("nan"), float("nan"), 1000 * cpu / images, self._memory.memory_mb())
+        return Run(images / spent, float("nan"), float("nan"), 1000 * cpu / images, float("nan"), images=images)
+
+    def alone_ms(self, count: int = 30) -> float:
+        """Milliseconds to decode and judge one picture with nothing else to do, median."""
+        spent = []
+        for _ in range(count):
+            started = time.perf_counter()
+            self._engine.judge(self._engine.prepare(self._data)[None], False)
+            spent.append(1000 * (time.perf_counter() - started))
+        return statistics.median(spent)
 
     def _decoding(self) -> list[Future[torch.Tensor]]:
         return [self._pool.submit(self._engine.prepare, self._data) for _ in range(self._batch)]
 
 
-class Load:
-    """wrk against the service."""
+@dataclass(frozen=True)
+class Bench:
+    """What is measured, and with what."""
 
-    def __init__(self, url: str, tree: Tree, image: Path, script: Path) -> None:
-        self._url, self._tree, self._image, self._script = url, tree, image, script
+    bundle: Path
+    image: Path
+    overrides: list[str]
+    settings: ServiceSettings
+    scratch: Path
+    litserve_python: str
 
-    def run(self, connections: int, seconds: float, expected: tuple[float, float] | None = None) -> Run:
-        """Closed loop; with `expected` (score, tolerance) every reply is checked, which slows wrk down."""
-        environment = {**os.environ, "BENCH_IMAGE": str(self._image)}
-        if expected is not None:
-            environment |= {"BENCH_SCORE": repr(expected[0]), "BENCH_TOLERANCE": repr(expected[1])}
-        command = ["wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--timeout", "30s"]
-        cpu = self._tree.cpu_seconds()
-        done = subprocess.run(
-            [*command, "-s", str(self._script), f"{self._url}/v1/score"],
-            capture_output=True, text=True, check=True, env=environment,
-        )  # fmt: skip
-        cpu = self._tree.cpu_seconds() - cpu
-        found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))[7:])
-        per_image = 1000 * cpu / max(1, found["requests"])
-        memory = self._tree.memory_mb()
-        rate = found["requests"] / found["seconds"]
-        return Run(rate, found["p50"], found["p99"], per_image, memory, found["failed"], found["wrong"])
+    def engine(self, precision: str) -> Engine:
+        """Warm, as the service has it; raises `ConfigError` where bfloat16 cannot be had."""
+        engine = Engine(Detector.load(self.bundle), self.settings.device, self.settings.max_batch, precision)
+        engine.warm()
+        return engine
+
+    def target(self, url: str, process: "subprocess.Popen[str]", engine: Engine, as_json: bool = False) -> Target:
+        """A server that judges as `engine` does."""
+        data = self.image.read_bytes()
+        score = engine.judge(engine.prepare(data)[None], False).score[0]
+        low = engine.detector.calibration.tie > 1e-4
+        body, script = self.scratch / ("body.json" if as_json else "body"), self.scratch / "post.lua"
+        body.write_bytes(json.dumps({"image": base64.b64encode(data).decode()}).encode() if as_json else data)
+        script.write_text(LUA)
+        within = (BFLOAT16 if low else FLOAT32) * quartile_range(engine.detector)
+        kind = "application/json" if as_json else "application/octet-stream"
+        return Target(url, process.pid, body, kind, score, within, script)
+
+
+@contextmanager
+def service(bench: Bench, engine: Engine, precision: str) -> Iterator[Target]:
+    """A `serve` command in a process of its own."""
+    options = [part for override in (*bench.overrides, f"precision={precision}") for part in ("-o", override)]
+    command = [sys.executable, "-m", "anomaly_vae", "serve", str(bench.bundle), "--port", "0", *options]
+    with started(command, subprocess.PIPE) as process:
+        assert process.stdout is not None
+        url = ""
+        for line in process.stdout:
+            words = line.split()
+            url = words[1] if words[:1] == ["address"] else url
+            if words[:1] == ["stop"]:
+                break
+        else:
+            raise SystemExit("the service did not start; its message is above")
+        yield bench.target(f"{url}/v1/score", process, engine)
+
+
+@contextmanager
+def litserve(bench: Bench, engine: Engine, settings: dict[str, Any]) -> Iterator[Target]:
+    """LitServe around the same detector."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {"precision": "float32", "native": False, "max_batch": bench.settings.max_batch, **settings}
+    command = [bench.litserve_python, str(HERE / "serve_litserve.py"), str(bench.bundle), str(port)]
+    with started([*command, json.dumps(settings)], subprocess.DEVNULL) as process:
+        target = bench.target(f"http://127.0.0.1:{port}/predict", process, engine, as_json=True)
+        await_answer(target, process)
+        yield target
+
+
+@contextmanager
+def started(command: list[str], output: int) -> Iterator["subprocess.Popen[str]"]:
+    """A process with a group of its own, so that nothing of it is left behind: LitServe's workers outlive it."""
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
+    process = subprocess.Popen(command, stdout=output, text=True, env=environment, start_new_session=True)
+    try:
+        yield process
+    finally:
+        os.killpg(process.pid, signal.SIGCONT)
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def await_answer(target: Target, process: "subprocess.Popen[str]") -> None:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    for _ in range(240):
+        if process.poll() is not None:
+            break
+        try:
+            request = urllib.request.Request(target.url, target.body.read_bytes(), {"Content-Type": "application/json"})
+            opener.open(request, timeout=60).read()
+            return
+        except OSError:
+            time.sleep(0.5)
+    raise SystemExit("LitServe did not start; run benchmarks/serve_litserve.py by itself to see why")
 
 
 def main() -> int:
@@ -170,28 +185,102 @@ def main() -> int:
     settings = ServiceSettings.load(None, options.override)
     if settings.compute_threads is not None:
         torch.set_num_threads(settings.compute_threads)
-    detector = Detector.load(options.bundle)
-    engine = Engine(detector, settings.device, settings.max_batch)
-    engine.warm()
-    data = options.image.read_bytes()
-    expected = engine.judge(engine.prepare(data)[None], False).score[0], tolerance(detector)
-    bare = Bare(engine, data, settings.max_batch, settings.threads_for_decoding())
-    runs: dict[int, list[Run]] = {connections: [] for connections in (0, *options.connections)}
-    with tempfile.TemporaryDirectory() as scratch, service(options.bundle, options.override) as (url, tree):
-        script = Path(scratch) / "post.lua"
-        script.write_text(LUA)
-        load = Load(url, tree, options.image.resolve(), script)
-        checked = [load.run(connections, 2, expected) for connections in options.connections]
-        bare.run(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(options.bundle, options.image, options.override, settings, Path(scratch), options.litserve_python)
+        engines = engines_of(bench, options.precisions)
+        return soaked(bench, engines, options) if options.soak else compared(bench, engines, options)
+
+
+def compared(bench: Bench, engines: dict[str, Engine], options: argparse.Namespace) -> int:
+    """All contenders, interleaved; then the service by the clock."""
+    data, decoders = bench.image.read_bytes(), bench.settings.threads_for_decoding()
+    bare = {name: Bare(engine, data, bench.settings.max_batch, decoders) for name, engine in engines.items()}
+    most = max(options.connections)
+    with ExitStack() as stack:
+        servers = {f"service, {name}": stack.enter_context(service(bench, engines[name], name)) for name in engines}
+        for label, engine, choice in litserves(bench, engines, most, options):
+            servers[label] = stack.enter_context(litserve(bench, engine, choice))
+        runs: dict[Key, list[Run]] = {(f"bare loop, {name}", 0): [] for name in engines}
+        runs |= {(name, connections): [] for name in servers for connections in options.connections}
+        checked = [one.closed(c, 2, check=True) for one in servers.values() for c in options.connections]
         for _ in range(options.repeats):
-            for connections, found in runs.items():
-                found.append(load.run(connections, options.seconds) if connections else bare.run(options.seconds))
-    print(describe(detector, options))
+            for (name, connections), found in runs.items():
+                if connections:
+                    found.append(servers[name].closed(connections, options.seconds))
+                else:
+                    found.append(bare[name.removeprefix("bare loop, ")].run(options.seconds))
+        clocked = {}
+        for name in engines:
+            target, rate = servers[f"service, {name}"], median(runs[f"service, {name}", most]) / 2
+            clocked[name] = by_the_clock(name, target, bare[name], rate, 2 * options.seconds)
+    print(describe(engines["float32"].detector, options))
     print(table(runs))
-    everything = [run for found in runs.values() for run in found] + checked
+    print("\n" + "\n".join(clocked[name][1] for name in engines))
+    everything = [run for found in runs.values() for run in found] + checked + [run for run, _ in clocked.values()]
     failed, wrong = sum(run.failed for run in everything), sum(run.wrong for run in everything)
-    print(f"\n{failed} errors; {wrong} of the checked replies differ from the library's score {expected[0]:.6g}.")
+    seen = sum(run.images for run in checked)
+    print(f"\n{failed} errors; {wrong} of {seen} checked replies differ from the library's score of the picture alone.")
     return 1 if failed or wrong else 0
+
+
+def engines_of(bench: Bench, precisions: Sequence[str]) -> dict[str, Engine]:
+    """One for each precision that can be had."""
+    found = {}
+    for precision in precisions:
+        try:
+            found[precision] = bench.engine(precision)
+        except AnomalyVaeError as error:
+            print(f"not measured here: {error}")
+    return found
+
+
+def litserves(
+    bench: Bench, engines: dict[str, Engine], connections: int, options: argparse.Namespace
+) -> Iterator[tuple[str, Engine, dict[str, Any]]]:
+    """Name, engine and settings of the LitServes to measure: the best of `TRIED` as it is, and with native calls."""
+    if not options.litserve:
+        return
+    known = subprocess.run([bench.litserve_python, "-c", "import litserve"], capture_output=True, check=False)
+    if known.returncode:
+        print("LitServe: not measured here; pip install litserve, or name a Python that has it by --litserve-python")
+        return
+    rates, tried = [], [json.loads(options.litserve_settings)] if options.litserve_settings else TRIED
+    for choice in tried if len(tried) > 1 else ():
+        with litserve(bench, engines["float32"], choice) as target:
+            target.closed(connections, 1)
+            rates.append(target.closed(connections, 3).per_second)
+        print(f"LitServe with {choice}: {rates[-1]:.0f} images/s over {connections} connections")
+    best = tried[int(np.argmax(rates))] if rates else tried[0]
+    print(f"LitServe is measured with {best}")
+    yield "LitServe, float32", engines["float32"], best
+    for name, engine in engines.items():
+        yield f"LitServe + native calls, {name}", engine, {**best, "precision": name, "native": True}
+
+
+def by_the_clock(name: str, target: Target, bare: Bare, rate: float, seconds: float) -> tuple[Run, str]:
+    """Requests at a fixed rate, and what came of it in words."""
+    alone, run = bare.alone_ms(), target.open(rate, seconds)
+    said = (
+        f"service, {name}, by the clock at {rate:.0f} images/s, half of what it can: p50 {run.p50:.1f} ms, "
+        f"p99 {run.p99:.1f} ms, which is {run.p99 / alone:.1f} times the {alone:.1f} ms of one picture alone"
+    )
+    return run, said
+
+
+def soaked(bench: Bench, engines: dict[str, Engine], options: argparse.Namespace) -> int:
+    """Memory over many requests."""
+    failed = 0
+    for name, engine in engines.items():
+        with service(bench, engine, name) as target:
+            target.closed(max(options.connections), 3)
+            memory, run = target.soak(options.soak, max(options.connections))
+            start, tenth, end = memory
+            print(
+                f"service, {name}: {run.images} requests at {run.per_second:.0f}/s; {start:.0f} MB at the start, "
+                f"{tenth:.0f} MB after a tenth, {end:.0f} MB at the end; {run.failed} errors"
+            )
+            failed += run.failed
+    return 1 if failed else 0
 
 
 def parsed() -> argparse.Namespace:
@@ -199,8 +288,13 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("bundle", type=Path, help="folder of a trained detector")
     parser.add_argument("--image", type=Path, required=True, help="the picture every request sends")
     parser.add_argument("--connections", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--precisions", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=5, help="of each run")
+    parser.add_argument("--seconds", type=float, default=4, help="of each run")
+    parser.add_argument("--soak", type=int, metavar="N", help="watch memory over N requests instead")
+    parser.add_argument("--no-litserve", dest="litserve", action="store_false", help="leave LitServe out")
+    parser.add_argument("--litserve-settings", metavar="JSON", help="of one of those tried, to try no others")
+    parser.add_argument("--litserve-python", default=sys.executable, help="the Python that has LitServe")
     parser.add_argument("-o", "--override", action="append", default=[], metavar="KEY=VALUE", help="a service setting")
     options = parser.parse_args()
     if shutil.which("wrk") is None:
@@ -208,22 +302,28 @@ def parsed() -> argparse.Namespace:
     return options
 
 
-def tolerance(detector: Detector) -> float:
-    """How far a score may differ with its batch: 1e-5 of the calibration scores' interquartile range."""
+def quartile_range(detector: Detector) -> float:
+    """Of the calibration scores, the unit of tolerances."""
     low, high = np.quantile(np.concatenate(detector.calibration.scores), [0.25, 0.75])
-    return 1e-5 * float(high - low)
+    return float(high - low)
+
+
+def median(runs: Sequence[Run]) -> float:
+    """Images a second."""
+    return statistics.median(run.per_second for run in runs)
 
 
 def describe(detector: Detector, options: argparse.Namespace) -> str:
     image = detector.image
-    names = ("torch", "granian", "flask", "numpy")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "granian", "flask", "numpy")
+    )
     with Path("/proc/cpuinfo").open() as lines:
         processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
-    size = options.image.stat().st_size / 1024
+    size, load = options.image.stat().st_size / 1024, os.getloadavg()[2]
     return (
         f"{available_cores()} cores of {processor or platform.machine()}; "
-        f"Python {platform.python_version()}, {versions}.\n"
+        f"Python {platform.python_version()}, {versions}; load over the last quarter of an hour {load:.1f}.\n"
         f"Model {options.bundle.name} {detector.version}, {image.channels} x {image.height} x {image.width}; "
         f"{options.image.name} of {size:.0f} KiB; {options.repeats} interleaved runs of {options.seconds:g} s, "
         f"{torch.get_num_threads()} torch threads{', ' + ' '.join(options.override) if options.override else ''}.\n"
@@ -231,21 +331,22 @@ def describe(detector: Detector, options: argparse.Namespace) -> str:
     )
 
 
-def table(runs: dict[int, list[Run]]) -> str:
+def table(runs: dict[Key, list[Run]]) -> str:
+    """A row for each contender; added is the CPU time beyond that of the bare loop of the same precision."""
     lines = [
-        "| | images/s | share of bare | p50 ms | p99 ms | CPU-ms an image | memory MB |",
-        "|---|---|---|---|---|---|---|",
+        "| | images/s | share of bare | p50 ms | p99 ms | CPU-ms an image | added | memory MB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    bare = statistics.median(run.per_second for run in runs[0])
-    for connections, found in runs.items():
-        rates = [run.per_second for run in found]
-        name = f"HTTP, {connections} connections" if connections else "bare loop, full batches"
+    for (name, connections), found in runs.items():
+        bare = runs[f"bare loop, {name.split(', ')[1]}", 0]
+        rates, cpu = [run.per_second for run in found], statistics.median(run.cpu for run in found)
+        label = f"{name}, {connections} connection{'s' if connections > 1 else ''}" if connections else name
         waits = [f"{statistics.median(getattr(run, key) for run in found):.1f}" for key in ("p50", "p99")]
-        lines.append(
-            f"| {name} | {statistics.median(rates):.0f} ({min(rates):.0f}-{max(rates):.0f}) "
-            f"| {statistics.median(rates) / bare:.0%} | {' | '.join(waits if connections else ['-', '-'])} "
-            f"| {statistics.median(run.cpu for run in found):.2f} | {max(run.memory_mb for run in found):.0f} |"
-        )
+        added = cpu - statistics.median(run.cpu for run in bare)
+        memory = f"{max(run.memory_mb for run in found):.0f}"
+        cells = [*waits, f"{cpu:.2f}", f"{added:.2f}", memory] if connections else ["-", "-", f"{cpu:.2f}", "-", "-"]
+        spread = f"{median(found):.0f} ({min(rates):.0f}-{max(rates):.0f})"
+        lines.append(f"| {label} | {spread} | {median(found) / median(bare):.0%} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
