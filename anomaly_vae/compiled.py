@@ -22,7 +22,7 @@ from anomaly_vae.images import masked
 from anomaly_vae.member import Member, Native
 
 AT_ONCE = 16
-"""Larger batches are cut: on a CPU they are slower, and each size that may come has been tried."""
+"""Larger batches are cut: on a CPU they are slower, and this is the largest that has been tried."""
 
 _MOST_SIDES = 4
 _RECORDED = 3
@@ -31,7 +31,7 @@ _TRIED = ((0, 1), (1, 2), (3, 3), (1, AT_ONCE))
 
 _AGREEMENT = 1e-5
 """How far a recording may stand from Python, in standard deviations of normals or as a share of z: less than what a
-float32 score may move with its batch. Measured are differences of exactly 0."""
+float32 score may move with its batch. Measured on one thread are differences of exactly 0."""
 
 
 class Scoring(nn.Module):

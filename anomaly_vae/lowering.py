@@ -6,6 +6,7 @@ digits would move scores by some tenths of a quartile range; here it is some tho
 
 import copy
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,8 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether `device` computes bfloat16 faster than float32, instead of imitating it."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    known = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    # Older versions of PyTorch cannot tell.
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 

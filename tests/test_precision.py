@@ -13,6 +13,7 @@ from anomaly_vae.member import Batch
 from anomaly_vae.networks import ConvSpec
 from anomaly_vae.observations import Observation
 from anomaly_vae.precision import MOST_MOVED, TIE_LOW
+from service.settings import ServiceSettings
 
 SIZES = (1, 3, 16, 40)
 COMPANY = 0.005
@@ -109,3 +110,9 @@ def test_every_network_stays_near_itself_and_exact_where_exactness_is_wanted(net
         gap = (ours.reconstruction - theirs.reconstruction).abs().max()
         assert 0 < gap < 0.05
         np.testing.assert_allclose(ours.exact.reconstruction, theirs.exact.reconstruction, rtol=1e-9)
+
+
+def test_a_precision_that_is_none_is_named_by_the_settings_of_the_service():
+    assert ServiceSettings.load(None, [], {}).precision == "float32"
+    with pytest.raises(ConfigError, match="precision"):
+        ServiceSettings.load(None, ["precision=float16"], {})
