@@ -132,6 +132,18 @@ def test_a_raw_body_is_known_by_its_bytes(client: httpx.Client, content_type: st
     assert client.post("/v1/score", content=PICTURES["0.png"], headers=headers).status_code == 200
 
 
+def test_an_explanation_is_the_librarys(client: httpx.Client, detector: Detector) -> None:
+    result = client.post("/v1/score?explain=true&parts=false", content=PICTURES["0.png"]).json()["results"][0]
+    image = detector.prepare(PICTURES["0.png"])[None]
+    (expected,) = detector.explain(image, detector.judge(image).parts)
+    assert result["explanation"]["nearest_normal"]["name"] == expected["nearest_normal"]["name"]
+    assert [one["index"] for one in result["explanation"]["latents"]] == [one["index"] for one in expected["latents"]]
+    assert result["explanation"]["percentiles"] == pytest.approx(expected["percentiles"], abs=1)
+    assert isinstance(result["regions"], list)
+    assert "parts" not in result
+    assert "heatmap_png" not in result
+
+
 def test_a_body_without_a_declared_length_is_read(client: httpx.Client) -> None:
     halves = [PICTURES["0.png"][:50], PICTURES["0.png"][50:]]
     assert client.post("/v1/score", content=iter(halves)).status_code == 200
@@ -171,18 +183,6 @@ def outliers_counted(client: httpx.Client) -> float:
 
 
 @pytest.mark.parametrize("name", sorted(bad_bytes()))
-def test_an_explanation_is_the_librarys(client: httpx.Client, detector: Detector) -> None:
-    result = client.post("/v1/score?explain=true&parts=false", content=PICTURES["0.png"]).json()["results"][0]
-    image = detector.prepare(PICTURES["0.png"])[None]
-    (expected,) = detector.explain(image, detector.judge(image).parts)
-    assert result["explanation"]["nearest_normal"]["name"] == expected["nearest_normal"]["name"]
-    assert [one["index"] for one in result["explanation"]["latents"]] == [one["index"] for one in expected["latents"]]
-    assert result["explanation"]["percentiles"] == pytest.approx(expected["percentiles"], abs=1)
-    assert isinstance(result["regions"], list)
-    assert "parts" not in result
-    assert "heatmap_png" not in result
-
-
 def test_bad_bytes_get_a_refusal_and_their_neighbours_their_score(
     client: httpx.Client, detector: Detector, expected: dict[str, dict[str, Any]], name: str
 ) -> None:
