@@ -13,9 +13,8 @@ import pytest
 from serving import running
 from test_service_store import form, kept, until
 
-from anomaly_vae import Detector
+from anomaly_vae import Detector, answers
 from anomaly_vae.training import train
-from service import answered
 from service.keys import KeyFile, Role, made
 
 
@@ -62,18 +61,18 @@ def serve(folder: Path, tmp_path: Path):
 
 
 def version_now(client: httpx.Client, name: str = "parts") -> str:
-    return answered.Model.model_validate(client.get(f"/v1/models/{name}").json()).version
+    return answers.Model.model_validate(client.get(f"/v1/models/{name}").json()).version
 
 
 def refused(reply: httpx.Response) -> tuple[int, str]:
-    return reply.status_code, answered.Refusal.model_validate(reply.json()).error.code
+    return reply.status_code, answers.Refusal.model_validate(reply.json()).error.code
 
 
 def test_a_bundle_is_loaded_beside_activated_and_rolled_back(serve, versions, pictures) -> None:
     client = serve()
-    listed = answered.ModelList.model_validate(client.get("/v1/models").json())
+    listed = answers.ModelList.model_validate(client.get("/v1/models").json())
     assert listed.bundles == ["better", "broken", "few", "folds", "parts"]
-    loaded = answered.Model.model_validate(client.post("/v1/models/parts:load", json={"bundle": "better"}).json())
+    loaded = answers.Model.model_validate(client.post("/v1/models/parts:load", json={"bundle": "better"}).json())
     assert loaded.version == versions["better"]
     assert version_now(client) == versions["parts"], "loading changes nothing"
     client.post("/v1/models/parts:activate", json={"version": versions["better"]}).raise_for_status()
@@ -86,7 +85,7 @@ def test_a_bundle_is_loaded_beside_activated_and_rolled_back(serve, versions, pi
     client.post("/v1/models/parts:rollback").raise_for_status()
     assert version_now(client) == versions["better"], "going back is a change like any other"
     actions = [
-        (c.action, c.before, c.after) for c in answered.Audit.model_validate(client.get("/v1/audit").json()).changes
+        (c.action, c.before, c.after) for c in answers.Audit.model_validate(client.get("/v1/audit").json()).changes
     ]
     assert actions == [
         ("activate", versions["parts"], versions["better"]),
@@ -189,13 +188,13 @@ def test_a_policy_is_tried_then_set_then_taken_back(serve, versions, pictures) -
     kept(client, results[-1]["id"])
     own = client.get("/v1/models/parts/policy").json()["policy"]
     preview = client.post("/v1/models/parts/policy:preview", json={"alpha": 0.3}).json()
-    answered.Preview.model_validate(preview)
+    answers.Preview.model_validate(preview)
     assert preview["verdicts"] == len(results)
     assert preview["flagged_now"] == sum(result["outlier"] for result in results)
     assert preview["flagged_then"] == sum(result["p_value"] <= 0.3 for result in results) > preview["flagged_now"]
     assert client.get("/v1/models/parts/policy").json()["policy"] == own, "trying changes nothing"
 
-    book = answered.PolicyBook.model_validate(client.put("/v1/models/parts/policy", json={"alpha": 0.3}).json())
+    book = answers.PolicyBook.model_validate(client.put("/v1/models/parts/policy", json={"alpha": 0.3}).json())
     assert (book.policy.revision, book.policy.alpha) == (1, 0.3)
     again = client.post("/v1/score", files=form(pictures)).json()["results"]
     assert [r["outlier"] for r in again] == [r["p_value"] <= 0.3 for r in again]
@@ -290,12 +289,12 @@ def test_recalibration_takes_reviewed_normals_alone_and_can_be_undone(serve, ver
     assert refused(few) == (409, "too_few_reviewed")
     assert f"{usable} of 384 pictures drawn" in few.json()["error"]["message"]
 
-    tried = answered.Recalibrated.model_validate(
+    tried = answers.Recalibrated.model_validate(
         client.post("/v1/models/parts:recalibrate", json={"preview": True}).json()
     )
     assert (tried.applied, tried.drawn, tried.judged, tried.normal) == (False, 384, 200, usable)
     assert version_now(client) == versions["parts"]
-    done = answered.Recalibrated.model_validate(client.post("/v1/models/parts:recalibrate", json={}).json())
+    done = answers.Recalibrated.model_validate(client.post("/v1/models/parts:recalibrate", json={}).json())
     assert (done.applied, done.after) == (True, tried.after)
     assert (done.before.version, done.after.normals) == (versions["parts"], usable)
     assert done.after.flagged_normals <= 0.05
@@ -309,7 +308,7 @@ def test_recalibration_takes_reviewed_normals_alone_and_can_be_undone(serve, ver
     assert kept(client, result["id"]).version == done.after.version
     assert client.get(f"/v1/verdicts/{result['id']}/heatmap").status_code == 200
     assert client.get(f"/v1/verdicts/{drawn[0]['id']}/heatmap").status_code == 200, "of before, by the same weights"
-    undone = answered.Recalibrated.model_validate(
+    undone = answers.Recalibrated.model_validate(
         client.post("/v1/models/parts:recalibrate", json={"undo": True}).json()
     )
     assert (undone.before.version, undone.after.version) == (done.after.version, versions["parts"])

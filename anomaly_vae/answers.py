@@ -1,32 +1,40 @@
-"""What the API answers, as types: OpenAPI describes answers by them, and the client reads them."""
+"""What the service answers, as types: its OpenAPI document is made from them, and the client reads answers by them.
+
+A field with a default may be left out of an answer. One without is always there, and null only where its type says so.
+"""
 
 from datetime import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 Label = Literal["false_alarm", "confirmed", "missed", "normal", "unclear"]
+Mode = Literal["average", "guaranteed", "threshold"]
+VerdictId = Annotated[str, Field(pattern=r"^[0-7][0-9a-f]{15}$")]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
 
 
 class Reply(BaseModel):
-    """A part of an answer. Later versions may add fields; none goes."""
+    """A part of an answer. Later versions may add fields, which older clients pass over; none goes."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(frozen=True)
 
 
 class Failure(Reply):
-    """Why something was refused: `code` is stable, `message` names the remedy."""
+    """Why something was refused: `code` is stable, `message` names the remedy. `retry_after_ms`: later it may work."""
 
     code: str
     message: str
     request_id: str | None = None
+    retry_after_ms: int | None = None
 
 
 class Refusal(Reply):
-    """Every answer that is no success; `results` where several pictures were sent."""
+    """Every answer that is no success; `results` where several pictures were sent and each has its own reason."""
 
     error: Failure
-    results: list["Scored"] | None = None
+    results: list["Unscored"] | None = None
 
 
 class ModelName(Reply):
@@ -39,25 +47,32 @@ class ModelName(Reply):
 class Policy(Reply):
     """When a picture is an outlier, and the rate of false alarms that is expected of normal ones."""
 
-    revision: int
-    alpha: float
-    mode: Literal["average", "guaranteed", "threshold"]
+    revision: Count
+    alpha: Share
+    mode: Mode
     threshold: float | None
-    expected_false_alarm_rate: float
+    expected_false_alarm_rate: Share
     bound: float | None
-    band: tuple[float, float] | None
+    band: tuple[Share, Share] | None
 
 
 class Region(Reply):
-    """A box around what the heat map shows, in pixels of the picture as sent."""
+    """A box in pixels of the picture as sent (`x`, `y`: upper left corner), the share `area` of the picture that is hot
+    in it, and how hot: in units that 99.5% of the pixels of normal pictures do not exceed."""
 
-    model_config = ConfigDict(extra="allow")
+    x: float
+    y: float
+    width: float
+    height: float
+    area: Share
+    peak_heat: float
+    mean_heat: float
 
 
 class Latent(Reply):
     """A number of the code that lies far from normal ones, in their standard deviations."""
 
-    index: int
+    index: Count
     value: float
     deviations: float
 
@@ -72,34 +87,71 @@ class Neighbour(Reply):
 class Explanation(Reply):
     """Why a picture got its verdict. `percentiles`: of each part among normals, 100 being beyond all of them."""
 
-    percentiles: dict[str, float]
+    percentiles: dict[str, Annotated[float, Field(ge=0, le=100)]]
     latents: list[Latent]
     nearest_normal: Neighbour | None
 
 
 class Scored(Reply):
-    """A picture's verdict, or the `error` that kept it from one."""
+    """A picture's verdict; a higher `score` is more unusual. `threshold`: of the score, null where p-values decide.
 
-    id: str | None = None
+    `parts`: every score beside the fused one, null where it was no number. `heatmap_png`: base64.
+    """
+
+    id: VerdictId
     filename: str | None = None
-    score: float | None = None
-    p_value: float | None = None
-    outlier: bool | None = None
-    alpha: float | None = None
-    mode: Literal["average", "guaranteed", "threshold"] | None = None
-    threshold: float | None = None
+    score: float
+    p_value: Share
+    outlier: bool
+    alpha: Share
+    mode: Mode
+    threshold: float | None
     parts: dict[str, float | None] | None = None
     regions: list[Region] | None = None
     heatmap_png: str | None = None
     explanation: Explanation | None = None
-    error: Failure | None = None
+
+
+class Unscored(Reply):
+    """The `error` that kept a picture from a verdict."""
+
+    filename: str | None = None
+    error: Failure
 
 
 class Scores(Reply):
     """The answer to pictures, in the order they were sent."""
 
     model: ModelName
-    results: list[Scored]
+    results: list[Scored | Unscored]
+
+
+class Counts(Reply):
+    """What became of an archive's pictures."""
+
+    scored: Count
+    failed: Count
+    outliers: Count
+
+
+class Summary(Reply):
+    """The last line of the answer to an archive that was finished."""
+
+    summary: Counts
+    model: ModelName
+
+
+class ImageSettings(Reply):
+    """What a model makes of every picture: see `ImageSpec`. `region`: which pixels count, a PNG in base64."""
+
+    height: int
+    width: int
+    channels: Literal[1, 3]
+    fit: Literal["stretch", "crop", "letterbox"]
+    background: tuple[int, int, int]
+    max_bytes: int
+    max_pixels: int
+    region: str | None
 
 
 class Model(Reply):
@@ -111,9 +163,9 @@ class Model(Reply):
     base_version: str
     default: bool
     loaded: list[str]
-    n: int
+    n: Count
     policy: Policy
-    image: dict[str, Any]
+    image: ImageSettings
 
 
 class ModelList(Reply):
@@ -126,11 +178,11 @@ class ModelList(Reply):
 class PolicyRevision(Reply):
     """One decision on the policy; all None: the bundle's own."""
 
-    revision: int
+    revision: Count
     by: str
     at: datetime
     alpha: float | None
-    mode: str | None
+    mode: Literal["average", "guaranteed"] | None
     threshold: float | None
 
 
@@ -145,19 +197,19 @@ class Preview(Reply):
     """What share of the last verdicts is flagged, and would be."""
 
     policy: Policy
-    verdicts: int
-    flagged_now: int
-    flagged_then: int
+    verdicts: Count
+    flagged_now: Count
+    flagged_then: Count
 
 
 class Recalibrated(Reply):
     """Reviewed verdicts, and the rates before and after. `applied`: whether it was done."""
 
     applied: bool
-    drawn: int
-    judged: int
-    unclear: int
-    normal: int
+    drawn: Count
+    judged: Count
+    unclear: Count
+    normal: Count
     before: "Ranking"
     after: "Ranking"
 
@@ -166,9 +218,9 @@ class Ranking(Reply):
     """`flagged_normals`: the share of the reviewed normals that is flagged, to be held against the expected rate."""
 
     version: str
-    normals: int
-    expected_false_alarm_rate: float
-    flagged_normals: float | None
+    normals: Count
+    expected_false_alarm_rate: Share
+    flagged_normals: Share | None
 
 
 class Said(Reply):
@@ -181,9 +233,9 @@ class Said(Reply):
 
 
 class Verdict(Reply):
-    """A verdict as it was kept."""
+    """A verdict as it was kept, and what a person said of it since."""
 
-    id: str
+    id: VerdictId
     at: datetime
     request_id: str
     filename: str | None
@@ -191,10 +243,10 @@ class Verdict(Reply):
     version: str
     source: str
     score: float
-    p_value: float
+    p_value: Share
     outlier: bool
-    alpha: float
-    policy_revision: int
+    alpha: Share
+    policy_revision: Count
     parts: dict[str, float | None]
     has_picture: bool
     feedback: Said | None
@@ -204,24 +256,24 @@ class VerdictPage(Reply):
     """Verdicts, the newest first; `next` is the cursor of the next page, None on the last."""
 
     verdicts: list[Verdict]
-    next: str | None
+    next: VerdictId | None
 
 
 class Forgotten(Reply):
     """How many verdicts, or pictures, there are no longer."""
 
-    forgotten: int
+    forgotten: Count
 
 
 class Bucket(Reply):
     """Counts of a span of time. `band`: where the true rate lies with 95% confidence (Wilson 1927)."""
 
     start: datetime
-    scored: int
-    outliers: int
-    rate: float
-    band: tuple[float, float]
-    expected_rate: float
+    scored: Count
+    outliers: Count
+    rate: Share
+    band: tuple[Share, Share]
+    expected_rate: Share
 
 
 class Rates(Reply):
@@ -231,13 +283,13 @@ class Rates(Reply):
     until: datetime
     minutes: int
     buckets: list[Bucket]
-    p_values: list[int]
+    p_values: Annotated[list[Count], Field(min_length=20, max_length=20)]
 
 
 class ToReview(Reply):
     """A picture to look at, drawn by chance; what was thought of it is not told."""
 
-    id: str
+    id: VerdictId
     model: str
     at: datetime
     filename: str | None
@@ -267,3 +319,27 @@ class Audit(Reply):
 
     changes: list[Change]
     next: int | None
+
+
+class Live(Reply):
+    """The process lives."""
+
+    live: bool
+
+
+class StoreStanding(Reply):
+    """How the store of verdicts stands: `behind` while it cannot be written, with the `error`. Scoring goes on."""
+
+    state: Literal["ok", "behind"]
+    waiting: Count
+    lost_verdicts: Count
+    lost_pictures: Count
+    error: str | None = None
+
+
+class Ready(Reply):
+    """Whether pictures are taken, and why not; `store` where verdicts are kept."""
+
+    ready: bool
+    state: Literal["loading", "ready", "draining", "failed"]
+    store: StoreStanding | None = None
