@@ -55,6 +55,7 @@ VERDICTS = Table(
     Column("parts", Text, nullable=False),
     Index("verdicts_by_outlier", "outlier", "id"),
     Index("verdicts_by_source", "source", "id"),
+    Index("verdicts_by_model", "model", "id"),
 )
 """`id` is of `ids.Ids` and tells the time. `policy`: the revision that judged. `parts`: JSON."""
 
