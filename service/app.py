@@ -141,3 +141,5 @@ def _follow(models: Models, ending: threading.Event) -> None:
         except SQLAlchemyError:
             # The recorder says that the store is down; what was decided last still holds.
             continue
+        except Exception:  # whatever it is, later decisions must be followed
+            _log.exception("what another process decided cannot be followed")

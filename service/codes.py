@@ -75,6 +75,7 @@ CODES: dict[str, Code] = {
     "nothing_before": Code(_CONFLICT, "There is nothing to go back to."),
     "policy_not_supported": Code(_CONFLICT, "Change the policy first, or use a bundle with more normals."),
     "conflict": Code(_CONFLICT, "Somebody else was quicker: look again and repeat the request."),
+    "bundle_replaced": Code(_CONFLICT, "Put the bundle that the message names back into its folder."),
     "cannot_explain": Code(_CONFLICT, "Train the bundle again with this version."),
     "too_few_reviewed": Code(_CONFLICT, "Review more pictures (GET /v1/review)."),
     "contradiction": Code(_CONFLICT, "Use a label that fits the verdict; the message lists them."),

@@ -188,7 +188,7 @@ class Models:
         now = self._active.get(name)
         try:
             if book and (now is None or book[0].choice.version != now.base):
-                self._put(self._at_hand(name, book[0].choice) or self._read(name, book[0].choice.bundle))
+                self._put(self._found(name, book[0].choice))
             elif now is not None:
                 self._put(self._decided(now))
         except (AnomalyVaeError, Problem) as error:
@@ -225,8 +225,7 @@ class Models:
             if not earlier:
                 message = f"{name} was never another bundle, so there is nothing to go back to"
                 raise Problem(HTTPStatus.CONFLICT, "nothing_before", message)
-            before = self._at_hand(name, earlier[0]) or self._read(name, earlier[0].bundle)
-            return self._activated(before, by)
+            return self._activated(self._found(name, earlier[0]), by)
 
     def set_policy(self, name: str, choice: PolicyChoice, by: str) -> Served:
         """Judge by another policy from the next verdict on; raises `Problem`."""
@@ -332,9 +331,16 @@ class Models:
         policies = self.decisions.policies(name)
         return (policies[0].choice, policies[0].revision) if policies else (PolicyChoice(), 0)
 
-    def _at_hand(self, name: str, wanted: Activation) -> Served | None:
-        found = next((one for one in self.loaded(name) if one.base == wanted.version), None)
-        return None if found is None else self._decided(found)
+    def _found(self, name: str, wanted: Activation) -> Served:
+        """What was activated once, from memory or from its folder; raises `Problem`."""
+        at_hand = next((one for one in self.loaded(name) if one.base == wanted.version), None)
+        if at_hand is not None:
+            return self._decided(at_hand)
+        read = self._read(name, wanted.bundle)
+        if read.base != wanted.version:
+            message = f"the bundle {wanted.bundle} is version {read.base} now, not {wanted.version}; put that one back"
+            raise Problem(HTTPStatus.CONFLICT, "bundle_replaced", message)
+        return read
 
     def _put(self, served: Served) -> Served:
         """Make it what its name stands for."""

@@ -95,6 +95,28 @@ def test_a_bundle_is_loaded_beside_activated_and_rolled_back(serve, versions, pi
     ]
 
 
+def test_a_bundle_that_was_replaced_meanwhile_is_not_gone_back_to(serve, folder, versions, tmp_path) -> None:
+    place = folder / "short-lived"
+    shutil.copytree(folder / "better", place)
+    client = serve()
+    client.post("/v1/models/parts:load", json={"bundle": "short-lived", "activate": True}).raise_for_status()
+    for bundle in ("folds", "few", "parts"):
+        # Beyond what is kept in memory.
+        client.post("/v1/models/parts:load", json={"bundle": bundle}).raise_for_status()
+    client.post("/v1/models/parts:activate", json={"version": versions["parts"]}).raise_for_status()
+    client.post("/v1/models/parts:load", json={"bundle": "folds"}).raise_for_status()
+    client.post("/v1/models/parts:load", json={"bundle": "few"}).raise_for_status()
+    shutil.rmtree(place)
+    assert refused(client.post("/v1/models/parts:rollback")) == (404, "unknown_bundle")
+    shutil.copytree(folder / "folds", place)
+    assert refused(client.post("/v1/models/parts:rollback")) == (409, "bundle_replaced")
+    shutil.rmtree(place)
+    shutil.copytree(folder / "better", place)
+    client.post("/v1/models/parts:rollback").raise_for_status()
+    assert version_now(client) == versions["better"]
+    shutil.rmtree(place)
+
+
 def test_several_models_answer_in_one_process(serve, versions, pictures) -> None:
     client = serve()
     done = client.post("/v1/models/folded:load", json={"bundle": "folds", "activate": True})
