@@ -181,6 +181,8 @@ def await_answer(target: Target, process: "subprocess.Popen[str]") -> None:
 
 
 def main() -> int:
+    # Ended from outside, it still ends its servers, which are in groups of their own.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     options = parsed()
     settings = ServiceSettings.load(None, options.override)
     if settings.compute_threads is not None:
