@@ -119,8 +119,9 @@ class Bench:
 
 @contextmanager
 def service(bench: Bench, engine: Engine, precision: str) -> Iterator[Target]:
-    """A `serve` command in a process of its own."""
-    options = [part for override in (*bench.overrides, f"precision={precision}") for part in ("-o", override)]
+    """A `serve` command in a process of its own, which keeps its verdicts as usual."""
+    store = f"store={bench.scratch / 'store.sqlite'}"
+    options = [part for override in (store, *bench.overrides, f"precision={precision}") for part in ("-o", override)]
     command = [sys.executable, "-m", "anomaly_vae", "serve", str(bench.bundle), "--port", "0", *options]
     with started(command, subprocess.PIPE) as process:
         assert process.stdout is not None

@@ -104,7 +104,8 @@ class Target:
         return Tree(self.pid)
 
     @contextmanager
-    def _awake(self) -> Iterator[None]:
+    def awake(self) -> Iterator[None]:
+        """It is measured inside the block."""
         os.killpg(self.pid, signal.SIGCONT)
         try:
             yield
@@ -119,7 +120,7 @@ class Target:
         command = ["wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--timeout", "30s"]
         cpu = self.tree.cpu_seconds()
         command += ["-s", str(self.script), self.url]
-        with self._awake():
+        with self.awake():
             done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         cpu = self.tree.cpu_seconds() - cpu
         found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))[7:])
@@ -155,7 +156,7 @@ class Target:
                     failed += answer.status != 200
 
         threads = [threading.Thread(target=send) for _ in range(senders)]
-        with self._awake():
+        with self.awake():
             for thread in threads:
                 thread.start()
             for thread in threads:
