@@ -64,10 +64,14 @@ _HOME = {
     "write_durably": "bundle",
 }
 
-__all__ = [*sorted(_HOME), "__version__"]
+_MODULES = ("answers",)
+
+__all__ = [*sorted(_HOME), *_MODULES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"anomaly_vae.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'anomaly_vae' has no attribute {name!r}")
     return getattr(import_module(f"anomaly_vae.{_HOME[name]}"), name)

@@ -26,6 +26,9 @@ picture scores that differ by less, according to the batch it came in, and its r
 ALPHA_LADDER = (0.001, 0.01, 0.05, 0.10)
 """The default alpha is the smallest of these that the calibration images support."""
 
+LEAST_ALPHA = 1e-9
+"""A rate that takes a thousand million calibration images; nobody means a smaller one."""
+
 CONFIDENCE = 0.95
 """With what probability over calibration sets the `guaranteed` mode keeps the false-alarm rate at or below alpha."""
 
@@ -35,7 +38,7 @@ def rank_allowed(n: int, alpha: float, mode: Mode) -> int:
 
     `average`: k = floor((n+1) alpha). `guaranteed`: the largest k with P(Beta(k, n+1-k) <= alpha) >= 0.95.
     """
-    k = math.floor((n + 1) * alpha + 1e-9)
+    k = min(math.floor((n + 1) * alpha + 1e-9), n)
     if mode == "guaranteed":
         while k > 0 and stats.beta.cdf(alpha, k, n + 1 - k) < CONFIDENCE:
             k -= 1
@@ -189,5 +192,5 @@ def benjamini_hochberg(p_values: npt.ArrayLike, fdr: float) -> npt.NDArray[np.bo
 
 
 def _check_alpha(alpha: float) -> None:
-    if not 0 < alpha < 1:
+    if not LEAST_ALPHA <= alpha < 1:
         raise CalibrationError(f"alpha is a rate of false alarms between 0 and 1, such as 0.05; got {alpha:g}")

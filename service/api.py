@@ -10,10 +10,11 @@ from flask import Response, g, request
 from sqlalchemy import RowMapping
 
 from anomaly_vae import ImageSpec, decode
-from service.answered import Scores
+from anomaly_vae.answers import Scores
 from service.archives import BLOCK, archive_kind
 from service.asked import ScoreWanted
-from service.bodies import answer
+from service.bodies import answer, query_of
+from service.codes import FOR_PICTURES
 from service.edge import failure
 from service.errors import Problem
 from service.keys import Role
@@ -36,7 +37,7 @@ USAGE = """anomaly-vae: is this picture like the normal ones? Model {name}, vers
   curl --data-binary @picture.jpg '{url}v1/score?alpha=0.01'  judged at another rate of false alarms, this once
 
 A result has `outlier` (the verdict), `p_value` (share of normal pictures at least as unusual) and `score` (higher is
-more unusual). Header X-Deadline-Ms bounds the wait. Also here: /v1/models /ready /live /metrics
+more unusual). Header X-Deadline-Ms bounds the wait. Also here: /docs /openapi.json /v1/models /ready /metrics
 """
 
 
@@ -53,7 +54,7 @@ class ScorePages:
         return [
             Route("GET", "/", None, self.usage, "What there is, for people", ("text/plain",)),
             Route("POST", "/v1/score", Role.SCORE, self.score, "Score pictures", Scores, ScoreWanted, more=lines,
-                  takes=TAKES),
+                  takes=TAKES, codes=FOR_PICTURES),
         ]  # fmt: skip
 
     def usage(self) -> Response:
@@ -61,8 +62,9 @@ class ScorePages:
 
     def score(self) -> Response:
         settings = self._settings
-        served = self._scorer.models.pick(request.args.get("model"))
-        options = Options.of(request.args.items(multi=True), served)
+        wanted = query_of(ScoreWanted)
+        served = self._scorer.models.pick(wanted.model)
+        options = Options.of(wanted, served)
         archive = archive_kind(peek(request.environ, BLOCK, settings.most_bytes()), request.mimetype)
         longest = settings.archive_deadline_ms if archive else settings.deadline_ms
         deadline = g.started + _deadline_ms(longest) / 1000

@@ -13,14 +13,15 @@ from sqlalchemy.exc import SQLAlchemyError
 from anomaly_vae import Detector, Engine
 from service.api import ScorePages
 from service.edge import install
-from service.health import Readiness, health_pages
+from service.health import HealthPages, Readiness
 from service.keeping import Keeper
 from service.keys import Keyring
 from service.metrics import Metrics
 from service.models import Models
 from service.models_api import ModelPages
+from service.openapi import Described
 from service.recorder import Recorder
-from service.routes import blueprint
+from service.routes import PathPart, Route, blueprint
 from service.scoring import Scorer
 from service.settings import ServiceSettings
 from service.store import Kept, Store
@@ -97,21 +98,26 @@ def create_app(
         stands.tell("store", recorder.standing)
     app = Flask("service", static_folder=None)
     app.url_map.strict_slashes = False
+    app.url_map.converters["default"] = PathPart
     install(app, metrics, keyring, settings.most_bytes())
-    _add_pages(app, scorer, store, settings, metrics)
-    app.register_blueprint(health_pages(stands, registry))
+    groups = _groups(scorer, store, settings, metrics)
+    groups["Health"] = HealthPages(stands, registry).routes()
+    described = Described(groups, secured=keyring is not None)
+    routes = [*described.routes(), *(route for group in groups.values() for route in group)]
+    app.register_blueprint(blueprint("api", routes))
     app.extensions["running"] = running
     if readiness is None:
         stands.become("ready")
     return app
 
 
-def _add_pages(app: Flask, scorer: Scorer, store: Store | None, settings: ServiceSettings, metrics: Metrics) -> None:
+def _groups(scorer: Scorer, store: Store | None, settings: ServiceSettings, metrics: Metrics) -> dict[str, list[Route]]:
+    """All routes of the product, by what they are about."""
     scores = ScorePages(scorer, settings, metrics)
-    routes = [*scores.routes(), *ModelPages(scorer.models, store).routes()]
+    groups = {"Pictures": scores.routes(), "Models and policies": ModelPages(scorer.models, store).routes()}
     if store is not None:
-        routes += VerdictPages(store, scores.heatmap).routes()
-    app.register_blueprint(blueprint("api", routes))
+        groups["Verdicts"] = VerdictPages(store, scores.heatmap).routes()
+    return groups
 
 
 def _recorder(store: Store | None, settings: ServiceSettings, metrics: Metrics) -> Recorder | None:

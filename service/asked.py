@@ -1,20 +1,40 @@
 """What the API is asked, as types: bodies and queries are checked against them, and OpenAPI describes them."""
 
+import re
 from datetime import UTC, datetime
 from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from anomaly_vae import Spec
+from anomaly_vae.answers import Label
 from service import ids
 from service.reviewing import LABELS
 
-Label = Literal["false_alarm", "confirmed", "missed", "normal", "unclear"]
 assert set(LABELS) == set(get_args(Label))
 
 
+_FIRST, _LAST = datetime(1970, 1, 2, tzinfo=UTC), datetime(9999, 12, 30, tzinfo=UTC)
+_MOMENT = re.compile(r"\d{4}-\d\d-\d\d([Tt ].+)?|\d{1,10}", re.ASCII)
+_VERDICT = "^[0-7][0-9a-f]{15}$"
+
+
+class Body(Spec):
+    """What a JSON body says. JSON has types, so a text is no number in it."""
+
+    model_config = ConfigDict(strict=True)
+
+
+def _a_moment(text: object) -> object:
+    if isinstance(text, str) and not _MOMENT.fullmatch(text):
+        raise ValueError("a moment is written like 2026-01-31, 2026-01-31T12:00:00Z, or in seconds since 1970")
+    return text
+
+
 def _in_utc(moment: datetime) -> datetime:
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
+    """Moments that no clock shows are brought to the nearest one that others can be reckoned from."""
+    known = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
+    return min(max(known, _FIRST), _LAST)
 
 
 def _a_verdict(text: str) -> str:
@@ -23,11 +43,37 @@ def _a_verdict(text: str) -> str:
     return text
 
 
-Moment = Annotated[datetime, AfterValidator(_in_utc)]
-"""ISO 8601, in UTC unless it says otherwise, or seconds since 1970."""
-VerdictId = Annotated[str, AfterValidator(_a_verdict)]
+def _a_flag(value: object) -> object:
+    if isinstance(value, str) and value not in ("true", "false"):
+        raise ValueError("it can be true or false")
+    return value
+
+
+def _a_whole(value: object) -> object:
+    """To JSON, 20.0 is as whole as 20."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Moment = Annotated[
+    datetime,
+    BeforeValidator(_a_moment),
+    AfterValidator(_in_utc),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "format": "date-time"},
+                {"type": "string", "format": "date"},
+                {"type": "integer", "minimum": 0, "maximum": 9_999_999_999},
+            ],
+            "description": "ISO 8601, in UTC unless it says otherwise, or seconds since 1970",
+        }
+    ),
+]
+VerdictId = Annotated[str, AfterValidator(_a_verdict), WithJsonSchema({"type": "string", "pattern": _VERDICT})]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-Share = Annotated[float, Field(gt=0, lt=1)]
+Share = Annotated[float, Field(ge=1e-9, lt=1)]
+Whole = Annotated[int, BeforeValidator(_a_whole)]
+Flag = Annotated[bool, BeforeValidator(_a_flag)]
 
 
 class ScoreWanted(Spec):
@@ -37,11 +83,13 @@ class ScoreWanted(Spec):
     model: Name | None = None
     heatmap: Literal["none", "regions", "png"] = "none"
     alpha: Share | None = None
-    parts: bool = True
+    parts: Flag = True
 
 
-class PolicyWanted(Spec):
+class PolicyWanted(Body):
     """`alpha` (a rate of false alarms) and perhaps `mode`, or a `threshold` of the score; nothing: the bundle's own."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"alpha": 0.05}]})
 
     alpha: Share | None = None
     mode: Literal["average", "guaranteed"] | None = None
@@ -51,36 +99,46 @@ class PolicyWanted(Spec):
 class PreviewWanted(PolicyWanted):
     """A policy to try on the `last` verdicts."""
 
-    last: int = Field(1000, ge=1, le=100_000)
+    model_config = ConfigDict(json_schema_extra={"examples": [{"alpha": 0.05, "last": 1000}]})
+
+    last: Whole = Field(1000, ge=1, le=100_000)
 
 
-class LoadWanted(Spec):
+class LoadWanted(Body):
     """A bundle by the name of its folder; `activate`: at once."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"bundle": "line-3-june", "activate": True}]})
 
     bundle: Name
     activate: bool = False
 
 
-class ActivateWanted(Spec):
+class ActivateWanted(Body):
     """A version that is loaded."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"version": "858e1c0ce8f6"}]})
 
     version: str = Field(min_length=1, max_length=16)
 
 
-class RecalibrateWanted(Spec):
+class RecalibrateWanted(Body):
     """`minimum`: so many reviewed normals it takes. `preview`: only tell. `undo`: back to the bundle's own."""
 
-    minimum: int = Field(100, ge=20, le=1_000_000)
+    model_config = ConfigDict(json_schema_extra={"examples": [{"preview": True}]})
+
+    minimum: Whole = Field(100, ge=20, le=1_000_000)
     preview: bool = False
     undo: bool = False
 
 
-class FeedbackWanted(Spec):
+class FeedbackWanted(Body):
     """What a person says of a verdict."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"verdict": "06d41f3a5c800001", "label": "false_alarm"}]})
 
     verdict: VerdictId
     label: Label
-    note: str = Field("", max_length=1000)
+    note: str = Field("", max_length=1000, pattern=r"^[^\x00]*$")
 
 
 class VerdictsWanted(Spec):
@@ -90,7 +148,7 @@ class VerdictsWanted(Spec):
     until: Moment | None = None
     model: Name | None = None
     source: Name | None = None
-    outlier: bool | None = None
+    outlier: Flag | None = None
     p_value_at_most: float | None = Field(None, ge=0, le=1)
     cursor: VerdictId | None = None
     limit: int | None = Field(None, ge=1, le=10_000_000)
@@ -104,8 +162,8 @@ class ForgetWanted(Spec):
     until: Moment | None = None
     model: Name | None = None
     source: Name | None = None
-    outlier: bool | None = None
-    pictures_only: bool = False
+    outlier: Flag | None = None
+    pictures_only: Flag = False
 
 
 class RatesWanted(Spec):
@@ -128,5 +186,5 @@ class ReviewWanted(Spec):
 class AuditWanted(Spec):
     """`cursor` is `next` of the page before."""
 
-    cursor: int | None = Field(None, ge=1)
+    cursor: int | None = Field(None, ge=1, le=2**63 - 1)
     limit: int = Field(100, ge=1, le=1000)

@@ -12,11 +12,13 @@ from socketserver import TCPServer, ThreadingMixIn
 from typing import Any, Literal
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-from flask import Blueprint, Flask, Response, jsonify
+from flask import Flask, Response, jsonify
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
-from service.access import needs
+from anomaly_vae.answers import Live, Ready
+from service.bodies import answer
 from service.keys import Role
+from service.routes import Route, blueprint
 
 State = Literal["loading", "ready", "draining", "failed"]
 
@@ -48,36 +50,39 @@ class Readiness:
                 self._state = state
 
 
-def health_pages(readiness: Readiness, registry: CollectorRegistry) -> Blueprint:
-    """`/v2/health/live`, `/v2/health/ready` (503 unless ready), `/metrics`, and `/live` and `/ready` for short."""
-    pages = Blueprint("health", __name__)
+class HealthPages:
+    """Routes on how the process stands. All but the metrics are open to everybody."""
 
-    @pages.get("/v2/health/live")
-    @pages.get("/live")
-    @needs(None)
-    def live() -> Response:
-        return jsonify(live=True)
+    def __init__(self, readiness: Readiness, registry: CollectorRegistry) -> None:
+        self._readiness, self._registry = readiness, registry
 
-    @pages.get("/v2/health/ready")
-    @pages.get("/ready")
-    @needs(None)
-    def ready() -> tuple[Response, HTTPStatus]:
-        state = readiness.state
+    def routes(self) -> list[Route]:
+        """All of them; `/live` and `/ready` for short."""
+        metrics = (CONTENT_TYPE_LATEST.partition(";")[0],)
+        return [
+            *(Route("GET", rule, None, self.live, "Whether the process lives", Live)
+              for rule in ("/live", "/v2/health/live")),
+            *(Route("GET", rule, None, self.ready, "Whether pictures are taken: 503 unless they are", Ready, busy=Ready)
+              for rule in ("/ready", "/v2/health/ready")),
+            Route("GET", "/metrics", Role.READ, self.metrics, "Metrics for Prometheus", metrics),
+        ]  # fmt: skip
+
+    def live(self) -> Response:
+        return answer({"live": True})
+
+    def ready(self) -> Response:
+        state = self._readiness.state
         status = HTTPStatus.OK if state == "ready" else HTTPStatus.SERVICE_UNAVAILABLE
-        return jsonify(ready=state == "ready", state=state, **readiness.told()), status
+        return answer({"ready": state == "ready", "state": state, **self._readiness.told()}, status)
 
-    @pages.get("/metrics")
-    @needs(Role.READ)
-    def metrics() -> Response:
-        return Response(generate_latest(registry), content_type=CONTENT_TYPE_LATEST)
-
-    return pages
+    def metrics(self) -> Response:
+        return Response(generate_latest(self._registry), content_type=CONTENT_TYPE_LATEST)
 
 
 def serve_health(host: str, port: int, readiness: Readiness, registry: CollectorRegistry) -> int:
     """Serve the health pages on their own port and threads until the process ends; returns the port."""
     app = Flask("service.health", static_folder=None)
-    app.register_blueprint(health_pages(readiness, registry))
+    app.register_blueprint(blueprint("health", HealthPages(readiness, registry).routes()))
     app.register_error_handler(404, lambda error: (jsonify(error={"code": "not_found", "message": str(error)}), 404))
     server = _HealthServer((host, port), _QuietHandler)
     server.set_app(app)

@@ -8,7 +8,7 @@ from typing import Any
 from flask import Response
 
 from anomaly_vae import CalibrationError, ConfigError
-from service.answered import Audit, Model, ModelList, PolicyBook, Preview, Recalibrated
+from anomaly_vae.answers import Audit, Model, ModelList, PolicyBook, Preview, Recalibrated
 from service.asked import ActivateWanted, AuditWanted, LoadWanted, PolicyWanted, PreviewWanted, RecalibrateWanted
 from service.auditing import changes
 from service.bodies import answer, body_of, moment, query_of, who
@@ -20,6 +20,10 @@ from service.policies import InForce
 from service.reviewing import Reviewed, Reviews
 from service.routes import Route
 from service.store import Store, Wanted
+
+_LOOKING = ("unknown_model", "no_store", "store_down")
+_READING = ("no_models_folder", "unknown_bundle", "bad_bundle")
+_CHANGING = ("not_loaded", "no_store", "store_down", "conflict", "policy_not_supported")
 
 
 class ModelPages:
@@ -34,19 +38,25 @@ class ModelPages:
         score, read, admin = Role.SCORE, Role.READ, Role.ADMIN
         return [
             Route("GET", "/v1/models", score, self.models, "All models", ModelList),
-            Route("GET", one, score, self.model, "One model", Model),
-            Route("POST", f"{one}:load", admin, self.load, "Load a bundle beside", Model, body=LoadWanted),
-            Route("POST", f"{one}:activate", admin, self.activate, "Answer by it", Model, body=ActivateWanted),
-            Route("POST", f"{one}:rollback", admin, self.rollback, "Answer by the one before again", Model),
-            Route("GET", policy, read, self.policy, "The policy and its history", PolicyBook),
-            Route("PUT", policy, admin, self.set_policy, "Judge by another policy", PolicyBook, body=PolicyWanted),
+            Route("GET", one, score, self.model, "One model", Model, codes=("unknown_model",)),
+            Route("POST", f"{one}:load", admin, self.load, "Load a bundle beside", Model, body=LoadWanted,
+                  codes=(*_READING, *_CHANGING)),
+            Route("POST", f"{one}:activate", admin, self.activate, "Answer by it", Model, body=ActivateWanted,
+                  codes=_CHANGING),
+            Route("POST", f"{one}:rollback", admin, self.rollback, "Answer by the one before again", Model,
+                  codes=("unknown_model", "nothing_before", *_READING, *_CHANGING)),
+            Route("GET", policy, read, self.policy, "The policy and its history", PolicyBook, codes=_LOOKING),
+            Route("PUT", policy, admin, self.set_policy, "Judge by another policy", PolicyBook, body=PolicyWanted,
+                  codes=(*_LOOKING, "alpha_not_supported", "conflict")),
             Route("POST", f"{policy}:preview", read, self.preview, "Try a policy on the last verdicts", Preview,
-                  body=PreviewWanted),
+                  body=PreviewWanted, codes=(*_LOOKING, "alpha_not_supported")),
             Route("POST", f"{policy}:rollback", admin, self.rollback_policy, "Judge by the policy before again",
-                  PolicyBook),
+                  PolicyBook, codes=(*_LOOKING, "nothing_before", "alpha_not_supported", "bad_parameter", "conflict")),
             Route("POST", f"{one}:recalibrate", admin, self.recalibrate, "Rank among the reviewed normals",
-                  Recalibrated, body=RecalibrateWanted),
-            Route("GET", "/v1/audit", admin, self.audit, "Who changed what", Audit, AuditWanted),
+                  Recalibrated, body=RecalibrateWanted,
+                  codes=(*_LOOKING, "too_few_reviewed", "nothing_before", "conflict")),
+            Route("GET", "/v1/audit", admin, self.audit, "Who changed what", Audit, AuditWanted,
+                  codes=("no_store", "store_down")),
         ]  # fmt: skip
 
     def models(self) -> Response:

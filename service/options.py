@@ -1,12 +1,11 @@
-"""What a request to score asks for beside the verdict: its query parameters."""
+"""What a request to score wants beside the verdict."""
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Literal
 
 from anomaly_vae import CalibrationError, Detector
+from service.asked import ScoreWanted
 from service.decisions import PolicyChoice
 from service.errors import Problem
 from service.models import Served
@@ -14,10 +13,6 @@ from service.policies import InForce
 
 Heat = Literal["none", "regions", "png"]
 """What is wanted of heat maps: nothing, boxes around what they show, or those and the drawn map."""
-
-_HEATS: dict[str, Heat] = {"none": "none", "regions": "regions", "png": "png"}
-_SAID = {"true": True, "1": True, "false": False, "0": False}
-_KNOWN = "model=NAME, heatmap=png or regions, alpha=0.01, parts=false"
 
 
 @dataclass(frozen=True)
@@ -29,20 +24,10 @@ class Options:
     parts: bool = True
 
     @classmethod
-    def of(cls, arguments: Iterable[tuple[str, str]], served: Served) -> "Options":
-        """From the query's (name, value) pairs, the last of a name counting; raises `Problem`."""
-        found: dict[str, Any] = {}
-        for name, value in arguments:
-            if name == "heatmap":
-                found["heat"] = _heat(value)
-            elif name == "alpha":
-                found["policy"] = _policy(value, served)
-            elif name == "parts":
-                found["parts"] = _flag(name, value)
-            elif name != "model":
-                message = f"there is no parameter {name[:40]!r}; there are {_KNOWN}"
-                raise Problem(HTTPStatus.BAD_REQUEST, "unknown_parameter", message)
-        return cls(**found)
+    def of(cls, asked: ScoreWanted, served: Served) -> "Options":
+        """What was asked, for a model; raises `Problem` for a rate that its normals cannot support."""
+        policy = None if asked.alpha is None else _policy(asked.alpha, served)
+        return cls(asked.heatmap, policy, asked.parts)
 
     def applied(self, row: dict[str, Any], detector: Detector) -> dict[str, Any]:
         """A verdict's row as this request wants it."""
@@ -50,30 +35,8 @@ class Options:
         return row if self.parts else {name: value for name, value in row.items() if name != "parts"}
 
 
-def _heat(value: str) -> Heat:
-    if value not in _HEATS:
-        raise _bad(f"heatmap can be png, regions or none, not {value[:40]!r}")
-    return _HEATS[value]
-
-
-def _policy(value: str, served: Served) -> InForce:
-    try:
-        alpha = float(value)
-    except ValueError:
-        alpha = math.nan
-    if not 0 < alpha < 1:
-        raise _bad(f"alpha is a rate of false alarms between 0 and 1, such as 0.01, not {value[:40]!r}")
+def _policy(alpha: float, served: Served) -> InForce:
     try:
         return InForce.of(served.detector, PolicyChoice(alpha), served.policy.revision)
     except CalibrationError as error:
         raise Problem(HTTPStatus.BAD_REQUEST, "alpha_not_supported", str(error)) from None
-
-
-def _flag(name: str, value: str) -> bool:
-    if value not in _SAID:
-        raise _bad(f"{name} can be true or false, not {value[:40]!r}")
-    return _SAID[value]
-
-
-def _bad(message: str) -> Problem:
-    return Problem(HTTPStatus.BAD_REQUEST, "bad_parameter", message)

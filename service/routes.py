@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from flask import Blueprint, Response
 from pydantic import BaseModel
+from werkzeug.routing import BaseConverter
 
 from anomaly_vae import Spec
 from service.access import needs
@@ -15,7 +16,9 @@ from service.keys import Role
 class Route:
     """`query`, `body`: what is asked, as types. `reply`: what success answers, as a type, or media types.
 
-    `more`: media types that it may answer instead; `takes`: those of a body that is no JSON.
+    `more`: media types that it may answer instead; `takes`: those of a body that is no JSON. `codes`: of its own
+    refusals, beside those that its role, query and body bring along. `busy`: what it answers with 503 in place of a
+    refusal.
     """
 
     method: str
@@ -28,6 +31,14 @@ class Route:
     body: type[Spec] | None = None
     more: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
+    codes: tuple[str, ...] = ()
+    busy: type[BaseModel] | None = None
+
+
+class PathPart(BaseConverter):
+    """What a name in an address may be made of; a colon ends it, as in `/v1/models/NAME:load`."""
+
+    regex = "[^/:]+"
 
 
 def blueprint(name: str, routes: Sequence[Route]) -> Blueprint:

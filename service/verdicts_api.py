@@ -12,11 +12,12 @@ from typing import Any
 from flask import Response
 from sqlalchemy import RowMapping
 
+from anomaly_vae.answers import Forgotten, Rates, ReviewPage, Verdict, VerdictPage
 from service import ids
-from service.answered import Forgotten, Rates, ReviewPage, Verdict, VerdictPage
 from service.asked import FeedbackWanted, ForgetWanted, RatesWanted, ReviewWanted, VerdictsWanted
 from service.auditing import note
 from service.bodies import answer, body_of, moment, query_of, who
+from service.codes import FOR_THE_QUEUE
 from service.errors import Problem
 from service.keys import Role
 from service.reviewing import Contradiction, Reviews, UnknownVerdict
@@ -37,21 +38,27 @@ class VerdictPages:
     def routes(self) -> list[Route]:
         """All of them."""
         one, picture = "/v1/verdicts/<verdict>", "/v1/verdicts/<verdict>/image"
-        read, admin = Role.READ, Role.ADMIN
+        read, admin, png = Role.READ, Role.ADMIN, ("image/png",)
         lines = ("application/x-ndjson", "text/csv")
+        found, seen = ("unknown_verdict", "store_down"), ("unknown_verdict", "no_picture", "store_down")
         return [
             Route("GET", "/v1/verdicts", read, self.verdicts, "Verdicts, the newest first", VerdictPage,
-                  VerdictsWanted, more=lines),
-            Route("DELETE", "/v1/verdicts", admin, self.forget_many, "Forget verdicts", Forgotten, ForgetWanted),
-            Route("GET", one, read, self.verdict, "One verdict", Verdict),
-            Route("DELETE", one, admin, self.forget, "Forget a verdict, its picture and feedback", Forgotten),
-            Route("GET", picture, read, self.image, "What the model saw of its picture", ("image/png",)),
-            Route("DELETE", picture, admin, self.forget_image, "Forget its picture alone", Forgotten),
-            Route("GET", "/v1/verdicts/<verdict>/heatmap", read, self.heat, "Its heat map", ("image/png",)),
-            Route("GET", "/v1/rates", read, self.rates, "Outlier rates over time", Rates, RatesWanted),
-            Route("POST", "/v1/feedback", read, self.feedback, "Say what a picture was", Verdict, body=FeedbackWanted),
+                  VerdictsWanted, more=lines, codes=("store_down",)),
+            Route("DELETE", "/v1/verdicts", admin, self.forget_many, "Forget verdicts", Forgotten, ForgetWanted,
+                  codes=("store_down",)),
+            Route("GET", one, read, self.verdict, "One verdict", Verdict, codes=found),
+            Route("DELETE", one, admin, self.forget, "Forget a verdict, its picture and feedback", Forgotten,
+                  codes=found),
+            Route("GET", picture, read, self.image, "What the model saw of its picture", png, codes=seen),
+            Route("DELETE", picture, admin, self.forget_image, "Forget its picture alone", Forgotten, codes=seen),
+            Route("GET", "/v1/verdicts/<verdict>/heatmap", read, self.heat, "Its heat map", png,
+                  codes=(*seen, "version_gone", *FOR_THE_QUEUE)),
+            Route("GET", "/v1/rates", read, self.rates, "Outlier rates over time", Rates, RatesWanted,
+                  codes=("store_down",)),
+            Route("POST", "/v1/feedback", read, self.feedback, "Say what a picture was", Verdict, body=FeedbackWanted,
+                  codes=(*found, "contradiction")),
             Route("GET", "/v1/review", read, self.review, "Pictures to look at, drawn by chance", ReviewPage,
-                  ReviewWanted),
+                  ReviewWanted, codes=("store_down",)),
         ]  # fmt: skip
 
     def verdicts(self) -> Response:

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LIBRARY = [
-    {"errors", "seeds"},
+    {"errors", "seeds", "answers"},
     {"spec", "image_sniffing", "torchvision_compat", "von_mises_fisher", "adversaries"},
     {"posteriors", "oriented_gradients"},
     {"latent_laws"},
@@ -58,11 +58,12 @@ LIBRARY = [
     {"__main__"},
 ]
 SERVICE = [
-    {"errors", "settings", "ids", "schema", "database", "tickets"},
+    {"errors", "settings", "ids", "schema", "database", "tickets", "codes"},
     {"batching", "metrics", "uploads", "keys", "archives", "store", "auditing", "refusals"},
     {"recorder", "decisions", "reviewing", "allowance", "keys_command", "bodies"},
-    {"access", "policies", "answered", "asked"},
+    {"access", "policies", "asked"},
     {"models", "routes", "edge"},
+    {"openapi"},
     {"options", "keeping"},
     {"scoring", "models_api", "verdicts_api"},
     {"health", "streaming"},

@@ -101,7 +101,7 @@ def test_guaranteed_is_refused_where_it_cannot_be_kept():
     assert (promise.bound, promise.band) == (None, None)
 
 
-@pytest.mark.parametrize("alpha", [0, 1, -0.1, 0.0001])
+@pytest.mark.parametrize("alpha", [0, 1, -0.1, 0.0001, 5e-324])
 def test_impossible_alphas_are_refused_with_the_remedy(alpha):
     with pytest.raises(CalibrationError, match=r"such as 0.05|needs \d+ calibration images"):
         Calibration.of([np.arange(50.0)]).threshold(alpha)
@@ -121,3 +121,10 @@ def test_benjamini_hochberg_keeps_the_false_discovery_rate():
         rates.append(rejected[:180].sum() / max(rejected.sum(), 1))
     assert 0.05 < np.mean(rates) < 0.11
     assert benjamini_hochberg([], 0.1).shape == (0,)
+
+
+def test_an_alpha_just_below_one_leaves_the_most_normal_picture_alone():
+    calibration = Calibration.of([np.arange(144.0)])
+    assert calibration.rank(1 - 1e-15) == 144
+    assert 0 <= calibration.threshold(1 - 1e-15) < 1
+    assert calibration.promise(1 - 1e-15).expected < 1

@@ -19,7 +19,8 @@ from PIL import Image, ImageChops
 from serving import Server, running, started
 
 from anomaly_vae import Detector
-from service import answered, ids
+from anomaly_vae import answers as answered
+from service import ids
 from service.store import Store, Wanted
 
 
