@@ -8,7 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from anomaly_vae.async_client import AsyncClient as AsyncClient
     from anomaly_vae.bundle import write_durably as write_durably
+    from anomaly_vae.client import Client as Client
     from anomaly_vae.detector import Detector as Detector
     from anomaly_vae.detector import Judgement as Judgement
     from anomaly_vae.detector import Policy as Policy
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from anomaly_vae.errors import CalibrationError as CalibrationError
     from anomaly_vae.errors import ConfigError as ConfigError
     from anomaly_vae.errors import DataError as DataError
+    from anomaly_vae.errors import ServiceError as ServiceError
     from anomaly_vae.errors import TrainingError as TrainingError
     from anomaly_vae.estimator import VAEOutlierDetector as VAEOutlierDetector
     from anomaly_vae.images import ImageSpec as ImageSpec
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from anomaly_vae.recipe import DetectorSpec as DetectorSpec
     from anomaly_vae.regions import regions_json as regions_json
     from anomaly_vae.rendering import heatmap_png as heatmap_png
+    from anomaly_vae.retrying import Retries as Retries
     from anomaly_vae.spec import Spec as Spec
     from anomaly_vae.spec import dump_yaml as dump_yaml
     from anomaly_vae.spec import override as override
@@ -38,9 +42,11 @@ __version__ = "0.1.0"
 
 _HOME = {
     "AnomalyVaeError": "errors",
+    "AsyncClient": "async_client",
     "BadImage": "errors",
     "BundleError": "errors",
     "CalibrationError": "errors",
+    "Client": "client",
     "ConfigError": "errors",
     "DataError": "errors",
     "Detector": "detector",
@@ -49,6 +55,8 @@ _HOME = {
     "ImageSpec": "images",
     "Judgement": "detector",
     "Policy": "detector",
+    "Retries": "retrying",
+    "ServiceError": "errors",
     "Spec": "spec",
     "TrainingError": "errors",
     "VAEOutlierDetector": "estimator",

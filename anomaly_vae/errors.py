@@ -4,6 +4,12 @@ A message is one line: what is wrong, with the name of the thing, and what to do
 They are caught once, at the edge: the CLI prints the line and exits with `exit_code`, the service answers JSON.
 """
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from anomaly_vae.answers import Unscored
+
 
 class AnomalyVaeError(Exception):
     """Base of all errors raised on purpose."""
@@ -43,3 +49,28 @@ class TrainingError(AnomalyVaeError):
     """Training went wrong (a loss that is not a number, say) although the settings are legal."""
 
     exit_code = 1
+
+
+class ServiceError(AnomalyVaeError):
+    """A service refused, or gave no answer; raised by `Client`.
+
+    `code` is stable and meant for machines, `message` for people. `status` (HTTP) is None where no answer came, and
+    200 where one broke off. `retry_after`: seconds after which it may work. `results`: where several pictures were
+    sent and none could be scored, why each.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        status: int | None = None,
+        request_id: str | None = None,
+        *,
+        retry_after: float | None = None,
+        results: "Sequence[Unscored]" = (),
+    ) -> None:
+        super().__init__(f"{message} [{code}{f', request {request_id}' if request_id else ''}]")
+        self.code, self.message, self.status, self.request_id = code, message, status, request_id
+        self.retry_after, self.results = retry_after, tuple(results)

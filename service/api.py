@@ -34,11 +34,10 @@ USAGE = """anomaly-vae: is this picture like the normal ones? Model {name}, vers
   curl -F file=@a.jpg -F file=@b.jpg {url}v1/score            several
   curl --data-binary @many.zip {url}v1/score                  a zip, tar or tar.gz; answers line by line
   curl --data-binary @picture.jpg '{url}v1/score?heatmap=png' with a heat map (base64 PNG), boxes around what is hot
-  curl --data-binary @picture.jpg '{url}v1/score?explain=true' and why: ranks, latents, the most similar normal
   curl --data-binary @picture.jpg '{url}v1/score?alpha=0.01'  judged at another rate of false alarms, this once
 
 A result has `outlier` (the verdict), `p_value` (share of normal pictures at least as unusual) and `score` (higher is
-more unusual). Header X-Deadline-Ms bounds the wait. All there is: /docs, and /openapi.json for programs.
+more unusual). Header X-Deadline-Ms bounds the wait. Also here: /docs /openapi.json /v1/models /ready /metrics
 """
 
 

@@ -104,7 +104,7 @@ def create_app(
     app = Flask("service", static_folder=None)
     app.url_map.strict_slashes = False
     app.url_map.converters["default"] = PathPart
-    install(app, metrics, keyring, settings.most_bytes())
+    install(app, metrics, keyring, settings.max_request_bytes)
     groups = _groups(scorer, store, settings, metrics)
     groups["Health"] = HealthPages(stands, registry).routes()
     described = Described(groups, secured=keyring is not None)

@@ -90,7 +90,8 @@ CODES: dict[str, Code] = {
 
 FOR_THE_QUEUE = ("queue_full", "deadline_too_short", "deadline_exceeded", "draining", "model_failed", "unscorable")
 FOR_PICTURES = (
-    *FOR_THE_QUEUE, "empty", "bad_multipart", "no_files", "too_large", "too_many_images", "too_many_pixels",
+    *FOR_THE_QUEUE, "cannot_explain", "empty", "bad_multipart", "no_files", "too_large", "too_many_images",
+    "too_many_pixels",
     "unsupported_media_type", "unsupported_format", "unsupported_variant", "unsupported_depth", "not_an_image",
     "truncated", "corrupt", "no_usable_image", "bad_archive", "empty_archive", "unsupported_archive",
     "too_many_entries", "expands_too_much", "too_many_archives", "no_room", "bad_deadline", "alpha_not_supported",

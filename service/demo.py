@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anomaly_vae import AnomalyVaeError
+from anomaly_vae import AnomalyVaeError, Client
+from anomaly_vae.answers import Scored
 
 NORMAL = (0, 1, 2, 3)
 ALPHA = 0.05
@@ -34,7 +34,7 @@ class Sent:
 
     path: Path
     normal: bool
-    verdict: dict[str, Any]
+    verdict: Scored
 
 
 def demo_command(check: bool, folder: Path, port: int) -> None:
@@ -134,18 +134,10 @@ def _score_all(address: str, folder: Path) -> tuple[list[Sent], float]:
     """Post every held-out picture, each in a request of its own, from some clients at once."""
     paths = sorted(folder.rglob("*.png"))
     started = time.monotonic()
-    with ThreadPoolExecutor(_CLIENTS) as clients:
-        verdicts = list(clients.map(lambda path: _post(address, path), paths))
+    with Client(address) as client, ThreadPoolExecutor(_CLIENTS) as workers:
+        verdicts = list(workers.map(client.score_one, paths))
     seconds = time.monotonic() - started
     return [Sent(path, path.parent.name == "good", one) for path, one in zip(paths, verdicts, strict=True)], seconds
-
-
-def _post(address: str, path: Path) -> dict[str, Any]:
-    headers = {"Content-Type": "image/png"}
-    request = urllib.request.Request(f"{address}/v1/score", path.read_bytes(), headers)  # noqa: S310 - our own address
-    with urllib.request.urlopen(request, timeout=30) as reply:  # noqa: S310
-        results: list[dict[str, Any]] = json.load(reply)["results"]
-    return results[0]
 
 
 def _report(evaluation: dict[str, Any], sent: list[Sent], seconds: float, total: float) -> list[str]:
@@ -155,9 +147,9 @@ def _report(evaluation: dict[str, Any], sent: list[Sent], seconds: float, total:
     from sklearn.metrics import roc_auc_score
 
     normals = [one for one in sent if one.normal]
-    alarms = sum(one.verdict["outlier"] for one in normals)
-    found = sum(one.verdict["outlier"] for one in sent if not one.normal)
-    auroc = float(roc_auc_score([not one.normal for one in sent], [one.verdict["score"] for one in sent]))
+    alarms = sum(one.verdict.outlier for one in normals)
+    found = sum(one.verdict.outlier for one in sent if not one.normal)
+    auroc = float(roc_auc_score([not one.normal for one in sent], [one.verdict.score for one in sent]))
     low, high = evaluation["false_alarm_interval"]
     table = Table("over HTTP", "value", "wanted")
     table.add_row("AUROC", f"{auroc:.4f}", f"at least {LEAST_AUROC}")
@@ -188,9 +180,9 @@ def _verdicts(sent: list[Sent]) -> Any:
     for kind in dict.fromkeys(one.path.parent.name for one in sorted(sent, key=lambda one: not one.normal)):
         own = [one for one in sent if one.path.parent.name == kind]
         for one in own[: 3 if kind == "good" else 1]:
-            verdict = "outlier" if one.verdict["outlier"] else "normal"
+            verdict = "outlier" if one.verdict.outlier else "normal"
             name = f"{kind}/{one.path.name}"
-            table.add_row(name, verdict, f"{one.verdict['p_value']:.4f}", f"{one.verdict['score']:.2f}")
+            table.add_row(name, verdict, f"{one.verdict.p_value:.4f}", f"{one.verdict.score:.2f}")
     return table
 
 

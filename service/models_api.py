@@ -22,7 +22,7 @@ from service.routes import Route
 from service.store import Store, Wanted
 
 _LOOKING = ("unknown_model", "no_store", "store_down")
-_READING = ("no_models_folder", "unknown_bundle", "bad_bundle")
+_READING = ("bundle_replaced", "no_models_folder", "unknown_bundle", "bad_bundle")
 _CHANGING = ("not_loaded", "no_store", "store_down", "conflict", "policy_not_supported")
 
 

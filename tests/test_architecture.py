@@ -10,7 +10,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LIBRARY = [
-    {"errors", "seeds", "answers"},
+    {"seeds", "answers"},
+    {"errors"},
+    {"asking"},
+    {"retrying"},
+    {"client"},
+    {"async_client"},
     {"spec", "image_sniffing", "torchvision_compat", "von_mises_fisher", "adversaries"},
     {"posteriors", "oriented_gradients"},
     {"latent_laws"},

@@ -213,7 +213,7 @@ def test_the_page_shows_all_of_it_and_fetches_nothing(server, document):
     assert "default-src 'none'" in httpx.get(server.url).headers["content-security-policy"]
 
 
-def test_random_requests_find_no_answer_that_is_not_documented(server, digits_folder):
+def test_random_requests_find_no_answer_that_is_not_documented(server, digits_folder, tmp_path):
     program = shutil.which("schemathesis", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if program is None:
         pytest.skip("schemathesis is not installed; pip install schemathesis, or put it on the PATH")
@@ -224,7 +224,7 @@ def test_random_requests_find_no_answer_that_is_not_documented(server, digits_fo
     command = [program, "--config-file", str(ROOT / "tests" / "schemathesis.toml"), "run",
                f"{server.url}/openapi.json", "--checks", "all", "--suppress-health-check", "all", "--no-color",
                "--max-examples", "10", "--seed", "1"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280, cwd="/tmp")
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-8000:]
     assert httpx.get(f"{server.url}/ready").status_code == 200
     assert "Traceback" not in server.output
