@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
@@ -27,6 +26,7 @@ from anomaly_vae.layouts import DataSpec as DataSpec
 from anomaly_vae.layouts import Item as Item
 from anomaly_vae.layouts import Listing, counted, shown
 from anomaly_vae.listing import list_pictures as list_pictures
+from anomaly_vae.seeds import content_hash
 from anomaly_vae.splitting import MINIMUM_NORMALS as MINIMUM_NORMALS
 from anomaly_vae.splitting import Split as Split
 from anomaly_vae.splitting import folds as folds
@@ -92,7 +92,7 @@ class _Source:
                 content, picture = self.listing.pixels[row].tobytes(), self.picture(row)
         except (BadImage, OSError) as error:
             return _Loaded(item, unreadable=_reason(error))
-        hashed = int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
+        hashed = content_hash(content)
         if self.decoded is not None:
             self.decoded[row] = picture
         try:

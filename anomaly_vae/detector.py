@@ -26,6 +26,7 @@ from anomaly_vae.member import Member
 from anomaly_vae.normals import Normals
 from anomaly_vae.packing import packed_members, unpacked_member
 from anomaly_vae.recipe import DetectorSpec
+from anomaly_vae.seeds import content_hash
 from anomaly_vae.spec import Spec
 
 Floats = npt.NDArray[np.float64]
@@ -135,15 +136,15 @@ class Detector:
         policy = policy_of(self.calibration, self.policy.alpha if alpha is None else alpha, mode or self.policy.mode)
         return self._as(policy, self.version)
 
-    def recalibrated(self, scores: npt.ArrayLike) -> "Detector":
+    def recalibrated(self, scores: npt.ArrayLike, alpha: float | None = None) -> "Detector":
         """The same detector ranked among the `scores` that it gave to normal pictures which no part of it has seen.
 
-        All members see such a picture alike, so that even with K-fold its score, their mean, is ranked as one. Its
-        policy is that of the old one as far as so many scores support it; raises `CalibrationError` where they do not.
-        Its version tells the old one and the scores.
+        All members see such a picture alike, so that even with K-fold its score, their mean, is ranked as one. `alpha`
+        is the old one unless given; raises `CalibrationError` where so many scores do not support it. Its version tells
+        the old one and the scores.
         """
         calibration = Calibration.of([scores])
-        policy = policy_of(calibration, self.policy.alpha, self.policy.mode)
+        policy = policy_of(calibration, self.policy.alpha if alpha is None else alpha, self.policy.mode)
         content = hashlib.sha256(self.version.encode() + calibration.scores[0].astype("<f8").tobytes())
         version = content.hexdigest()[:12]
         other = self._as(policy, version)
@@ -177,6 +178,10 @@ class Detector:
         """
         with torch.inference_mode():
             return self._judge(Batch(images, self.numbers_of(classes)), heat)
+
+    def has_seen(self, data: bytes) -> bool:
+        """Whether a file of these very bytes took part in training, fitting or calibration."""
+        return bool((self.seen == np.uint64(content_hash(data))).any())
 
     def explain(self, images: Tensor, parts: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
         """Why images (B, C, H, W) got the `parts` that `judge` gave them, see `Normals.explanation`.

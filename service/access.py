@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
+from ipaddress import ip_address
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 from flask import Flask, Response, g, request
 
@@ -54,6 +56,33 @@ def guard(app: Flask, keyring: Keyring | None, most_bytes: int) -> None:
         if response.status_code == HTTPStatus.UNAUTHORIZED:
             response.headers["WWW-Authenticate"] = "Bearer"
         return response
+
+
+def guard_pages(app: Flask, local: bool) -> None:
+    """Keep out what a page of another site has a visitor's browser ask, which nobody's key would stop.
+
+    `local`: only this machine's own names are answered to, so that no other name that is made to point here is.
+    """
+
+    @app.before_request
+    def check_origin() -> None:
+        origin, site = request.headers.get("Origin"), request.headers.get("Sec-Fetch-Site")
+        foreign = origin is not None and urlsplit(origin).netloc != request.host
+        if foreign or site in ("cross-site", "same-site"):
+            message = "a page of another site asked this; without keys only the service's own pages may"
+            raise Problem(HTTPStatus.FORBIDDEN, "cross_site", message)
+        if local and not _is_own(urlsplit(f"//{request.host}").hostname or ""):
+            message = f"the service is not called {request.host[:80]!r}; call it localhost, or set allow_remote or keys"
+            raise Problem(HTTPStatus.FORBIDDEN, "unknown_host", message)
+
+
+def _is_own(name: str) -> bool:
+    if name.removesuffix(".") == "localhost":
+        return True
+    try:
+        return ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 def count_body(size: int) -> None:

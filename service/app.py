@@ -1,6 +1,7 @@
 """Putting the service together: models behind one queue, the store, metrics and all routes in one Flask application."""
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -67,12 +68,14 @@ def create_app(
     readiness: Readiness | None = None,
     registry: CollectorRegistry | None = None,
     on_lost: Callable[[Exception], None] = lambda _: None,
+    since: float = math.inf,
 ) -> Flask:
     """The Flask application, warmed up; `app.extensions["running"]` drains and closes it.
 
     `load` returns the first detector, of the bundle `name`, and is called on the models' own thread; `open_bundle`
     loads others by name. A given `readiness` is left to the caller to make ready; without one the application is ready
-    at once. `on_lost` is called when no model can judge any more and the process should end.
+    at once. `on_lost` is called when no model can judge any more and the process should end. `since`: when the command
+    was started (seconds since 1970), where this process may not be its first.
     """
     keyring = Keyring(settings.keys) if settings.keys else None
     stands, registry = readiness or Readiness(), registry or CollectorRegistry()
@@ -92,6 +95,7 @@ def create_app(
     models = Models(
         engine, open_bundle, settings.models, store.database if store else None,
         lambda served: metrics.in_force(served.name, served.version, served.policy.expected_false_alarm_rate),
+        since,
     )  # fmt: skip
     keeper = Keeper(recorder, store.worker if store else 0, settings.source, settings.images, settings.review_share)
     model = settings.model or name
@@ -104,8 +108,8 @@ def create_app(
     app = Flask("service", static_folder=None)
     app.url_map.strict_slashes = False
     app.url_map.converters["default"] = PathPart
-    install(app, metrics, keyring, settings.max_request_bytes)
-    groups = _groups(scorer, store, settings, metrics)
+    install(app, metrics, keyring, settings.max_request_bytes, local=not settings.allow_remote)
+    groups = _groups(running, settings, metrics)
     groups["Health"] = HealthPages(stands, registry).routes()
     described = Described(groups, secured=keyring is not None)
     routes = [*described.routes(), *(route for group in groups.values() for route in group)]
@@ -116,12 +120,12 @@ def create_app(
     return app
 
 
-def _groups(scorer: Scorer, store: Store | None, settings: ServiceSettings, metrics: Metrics) -> dict[str, list[Route]]:
+def _groups(running: Running, settings: ServiceSettings, metrics: Metrics) -> dict[str, list[Route]]:
     """All routes of the product, by what they are about."""
-    scores = ScorePages(scorer, settings, metrics)
-    groups = {"Pictures": scores.routes(), "Models and policies": ModelPages(scorer.models, store).routes()}
-    if store is not None:
-        groups["Verdicts"] = VerdictPages(store, scores.heatmap).routes()
+    scores, store = ScorePages(running.scorer, settings, metrics), running.store
+    groups = {"Pictures": scores.routes(), "Models and policies": ModelPages(running.scorer.models, store).routes()}
+    if store is not None and running.recorder is not None:
+        groups["Verdicts"] = VerdictPages(store, scores.heatmap, running.recorder.flush).routes()
     return groups
 
 

@@ -4,7 +4,7 @@ import json
 import time
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, func, insert, select
+from sqlalchemy import Connection, RowMapping, func, insert, select, text
 
 from service.database import Database
 from service.schema import AUDIT
@@ -12,6 +12,9 @@ from service.schema import AUDIT
 
 def note(connection: Connection, by: str, action: str, subject: str, before: Any, after: Any) -> None:
     """Write down a change, in the transaction that makes it."""
+    if connection.dialect.name == "postgresql":
+        # Numbers are given in the order of commits, so that whoever has seen one has seen all smaller ones.
+        connection.execute(text("SELECT pg_advisory_xact_lock(4722090)"))
     row = {"at": time.time(), "by": by, "action": action, "subject": subject}
     connection.execute(insert(AUDIT), {**row, "before": json.dumps(before), "after": json.dumps(after)})
 
@@ -24,7 +27,8 @@ def changes(database: Database, before: int | None = None, limit: int = 100) -> 
         return list(connection.execute(query).mappings())
 
 
-def latest(database: Database) -> int:
-    """The number of the last change; it grows with each."""
+def latest(database: Database, actions: tuple[str, ...]) -> int:
+    """The number of the last change of these kinds; it grows with each."""
+    query = select(func.max(AUDIT.c.number)).where(AUDIT.c.action.in_(actions))
     with database.reading() as connection:
-        return connection.scalar(select(func.max(AUDIT.c.number))) or 0
+        return connection.scalar(query) or 0

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from service.tickets import Judge, NotAccepted, NotScored, Reservation, Scored, Target, Ticket
+from service.tickets import Also, Judge, NotAccepted, NotScored, Reservation, Scored, Target, Ticket
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -131,10 +131,18 @@ class Batcher:
             self._changed.notify()
 
     def enqueue(
-        self, image: "Tensor", target: Target | None, *, heatmap: bool, bulk: bool, deadline: float | None
+        self,
+        image: "Tensor",
+        target: Target | None,
+        *,
+        heatmap: bool,
+        bulk: bool,
+        deadline: float | None,
+        also: Also | None = None,
     ) -> Ticket:
         """Queue a picture on a reserved place; `Reservation.submit` calls this."""
         ticket = Ticket(self, image, target, heatmap=heatmap, bulk=bulk, deadline=deadline, entered=self.clock())
+        ticket.also = also
         with self._changed:
             if self._lost:
                 self._places_taken -= 1
@@ -274,12 +282,14 @@ class Batcher:
             known = self._batch_seconds
             self._batch_seconds = known + 0.2 * (seconds - known) if known else seconds
         heat, scale = judged.heat, judged.heat_scale
+        rows = [judged.row(index) for index in range(len(tickets))]
         return [
             Scored(
-                row=judged.row(index),
+                row=rows[index],
                 # A copy, so that one kept map does not keep the whole batch's alive.
                 heat=heat[index].copy() if ticket.heatmap and heat is not None else None,
                 heat_scale=scale,
+                also=None if ticket.also is None else ticket.also(ticket.image, rows[index]),
                 queued_seconds=started - ticket.entered,
                 judge_seconds=seconds,
             )

@@ -30,6 +30,8 @@ CODES: dict[str, Code] = {
     # Keys
     "no_key": Code(HTTPStatus.UNAUTHORIZED, "Send the header Authorization: Bearer KEY."),
     "bad_key": Code(HTTPStatus.UNAUTHORIZED, "Ask whoever runs the service for a new key."),
+    "cross_site": Code(HTTPStatus.FORBIDDEN, "Make keys, and send one; or ask from the service's own pages."),
+    "unknown_host": Code(HTTPStatus.FORBIDDEN, "Call the service localhost, or start it with keys or allow_remote."),
     "forbidden": Code(HTTPStatus.FORBIDDEN, "Use a key with the role that the message names."),
     "rate_limited": Code(_MANY, "Wait for Retry-After; the key may make so many requests a second."),
     "too_many_bytes": Code(_MANY, "Wait for earlier answers; the key may have so many bytes in hand."),

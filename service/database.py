@@ -1,5 +1,6 @@
 """The connection to a store: SQLite by a path, PostgreSQL by a URL, and what to do that both behave alike."""
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 
 from anomaly_vae import ConfigError
 
@@ -42,16 +43,45 @@ class Database:
 
     def outside(self, statements: str) -> None:
         """Run what SQLite allows outside of transactions alone."""
+        with self._raw(statements) as cursor:
+            # Not `execute`, which takes one step only of a statement that gives no rows.
+            cursor.executescript(statements)
+
+    def compact(self) -> bool:
+        """Give deleted space back and cut the log of changes, in which deleted rows still stand (SQLite).
+
+        False where somebody reads an older state, such as a backup: it must be done again later.
+        """
+        if not self.is_sqlite:
+            return True
+        with self._raw("compacting") as cursor:
+            cursor.execute("PRAGMA busy_timeout=200")
+            cursor.executescript("PRAGMA incremental_vacuum")
+            (busy, *_) = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            cursor.execute(f"PRAGMA busy_timeout={BUSY_SECONDS * 1000}")
+        return not busy
+
+    @contextmanager
+    def _raw(self, what: str) -> Iterator[Any]:
         raw = self.engine.raw_connection()
         try:
-            # Not `execute`, which takes one step only of a statement that gives no rows.
-            raw.cursor().executescript(statements)
+            yield raw.cursor()
+        except sqlite3.Error as error:
+            raise OperationalError(what, None, error) from error
         finally:
             raw.close()
 
     def close(self) -> None:
         """Give all connections back."""
         self.engine.dispose()
+
+
+def private(path: Path) -> None:
+    """Make an empty file for its owner's eyes alone, unless it is there; SQLite's logs beside it are then the same."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}; choose another place") from None
 
 
 def quoted(value: str) -> str:
@@ -81,6 +111,7 @@ def _sqlite(url: URL) -> Engine:
     folder = Path(str(url.database)).parent
     if not folder.is_dir():
         raise ConfigError(f"store: there is no folder {folder}; make it, or choose another place")
+    private(Path(str(url.database)))
     engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS, "isolation_level": None})
 
     @event.listens_for(engine, "connect")

@@ -16,17 +16,24 @@ from service.auditing import note
 from service.database import Database
 from service.schema import ACTIVATIONS, CALIBRATIONS, POLICIES
 
+ACTIONS = ("policy", "activate", "recalibrate")
+"""As the log of changes calls them."""
+
 Floats = npt.NDArray[np.float64]
 _D = TypeVar("_D")
 
 
 @dataclass(frozen=True)
 class PolicyChoice:
-    """`alpha` and `mode`, or a `threshold` of the score instead; all None: the bundle's own."""
+    """`alpha` and `mode`, or a `threshold` of the score instead; all None: the bundle's own.
+
+    `base` is the version of the bundle that a threshold's scores are of: another's mean something else.
+    """
 
     alpha: float | None = None
     mode: str | None = None
     threshold: float | None = None
+    base: str | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ class Decisions:
     def policies(self, model: str) -> list[Decided[PolicyChoice]]:
         """The newest first."""
         return [
-            _decided(row, PolicyChoice(row["alpha"], row["mode"], row["threshold"]))
+            _decided(row, PolicyChoice(row["alpha"], row["mode"], row["threshold"], row["base"]))
             for row in self._rows(POLICIES, model)
         ]
 
@@ -91,7 +98,7 @@ class Decisions:
 
     def set_policy(self, model: str, choice: PolicyChoice, by: str, before: Any, after: Any) -> int:
         """The new revision's number; `before` and `after` are for the log."""
-        row = {"alpha": choice.alpha, "mode": choice.mode, "threshold": choice.threshold}
+        row = {"alpha": choice.alpha, "mode": choice.mode, "threshold": choice.threshold, "base": choice.base}
         return self._decide(POLICIES, model, row, by, "policy", before, after)
 
     def activate(self, model: str, choice: Activation, by: str, before: Any, after: Any) -> int:

@@ -12,7 +12,7 @@ from flask import Flask, Response, g, request
 from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import HTTPException
 
-from service.access import guard
+from service.access import guard, guard_pages
 from service.bodies import answer
 from service.database import reason_of
 from service.errors import Problem
@@ -32,15 +32,18 @@ _REASONS_BY_CODE = {"too_large": "too_large", "rate_limited": "rate_limited", "t
 """Under which reason the refusal of a whole request is counted; the queue's own are counted where they are made."""
 
 
-def install(app: Flask, metrics: Metrics, keyring: Keyring | None, most_bytes: int) -> None:
+def install(app: Flask, metrics: Metrics, keyring: Keyring | None, most_bytes: int, local: bool = False) -> None:
     """Number, time and count every request of `app`, ask for its key where there is a keyring, and let no error leave
-    it in any other shape than JSON."""
+    it in any other shape than JSON. Without a keyring pages of other sites are kept out; see `guard_pages` for `local`.
+    """
 
     @app.before_request
     def begin() -> None:
         g.started = time.monotonic()
         g.request_id = _request_id()
 
+    if keyring is None:
+        guard_pages(app, local)
     guard(app, keyring, most_bytes)
 
     @app.after_request

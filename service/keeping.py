@@ -9,6 +9,7 @@ from service.ids import Ids, shown
 from service.models import Served
 from service.recorder import Pending, Recorder
 from service.store import Record
+from service.uploads import Upload
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +20,8 @@ Images = Literal["none", "outliers", "all"]
 class Keeper:
     """Names every verdict, and has it kept where there is a `recorder`.
 
-    `review_share` of the pictures, whatever their verdict, are drawn for review.
+    `review_share` of the pictures, whatever their verdict, are drawn for review, but for those that the detector was
+    made from: to rank among them would promise too much.
     """
 
     def __init__(
@@ -36,17 +38,17 @@ class Keeper:
         self._chance = random.SystemRandom()
 
     def keep(
-        self, served: Served, row: dict[str, Any], image: "Tensor", request: str, name: str | None, source: str | None
+        self, served: Served, row: dict[str, Any], image: "Tensor", file: Upload, request: str, source: str | None
     ) -> str:
-        """The verdict's id. `row` is as the policy in force has it; `image` is what the model saw."""
+        """The verdict's id. `row` is as the policy in force has it; `image` is what the model saw of the file."""
         number = self._ids.next()
         if self.recorder is None:
             return shown(number)
-        drawn = self._chance.random() < self._share
+        drawn = self._chance.random() < self._share and not served.own.has_seen(file.data)
         record = Record(
             id=number,
             request=request,
-            filename=None if name is None else _plain(name),
+            filename=None if file.name is None else _plain(file.name),
             model=served.name,
             version=served.version,
             source=source or self._source,

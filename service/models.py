@@ -4,6 +4,7 @@ A request picks a model once and is scored, ranked and judged by what it picked,
 """
 
 import logging
+import math
 import re
 import threading
 from collections.abc import Callable
@@ -19,10 +20,11 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from anomaly_vae import AnomalyVaeError, BundleError, CalibrationError, ConfigError, Detector, Engine
 from service.auditing import latest
 from service.database import Database, reason_of
-from service.decisions import Activation, Decisions, PolicyChoice, Recalibration
+from service.decisions import ACTIONS, Activation, Decisions, PolicyChoice, Recalibration
 from service.errors import Problem
-from service.policies import InForce
-from service.tickets import Target
+from service.policies import BY_THRESHOLD, InForce
+from service.refusals import refused
+from service.tickets import NotAccepted, Target
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,8 +72,8 @@ class Served:
 class Models:
     """What is served under which name. Changes are decided in the store, so that all processes that share it agree.
 
-    `warm` runs work on the models' thread; `told` hears of every version that comes into force; `folder` holds the
-    bundles that may be loaded by name.
+    `told` hears of every version that comes into force; `folder` holds the bundles that may be loaded by name; `since`
+    is when the command was started, in seconds since 1970.
     """
 
     def __init__(
@@ -81,9 +83,10 @@ class Models:
         folder: Path | None,
         database: Database | None,
         told: Callable[[Served], None],
+        since: float = math.inf,
     ) -> None:
         self._engine, self._open, self._folder, self._told = engine, open_bundle, folder, told
-        self._database = database
+        self._database, self._since = database, since
         self._decisions = Decisions(database) if database else None
         self._warm: Callable[[Callable[[], None]], None] = lambda work: work()
         self._changing = threading.Lock()
@@ -149,10 +152,11 @@ class Models:
         self._put(self._made(name, bundle, detector, detector))
         if self._decisions is not None:
             try:
-                self._seen = latest(self._database) if self._database else 0
+                number = self._latest()
                 self._note_start(name, Activation(bundle, detector.version))
                 for model in self._decisions.models():
                     self._catch_up(model)
+                self._seen = number
             except SQLAlchemyError as error:
                 _log.warning("what was activated before cannot be read from the store: %s", reason_of(error))
         return self._active[name].target
@@ -165,19 +169,23 @@ class Models:
         """Do what other processes decided; cheap where nothing was."""
         if self._decisions is None or self._database is None:
             return
-        number = latest(self._database)
+        number = self._latest()
         if number != self._seen:
             with self._changing:
                 for model in sorted({*self._decisions.models(), *self._active}):
                     self._catch_up(model)
                 self._seen = number
 
+    def _latest(self) -> int:
+        return latest(self._database, ACTIONS) if self._database is not None else 0
+
     def _note_start(self, name: str, given: Activation) -> None:
         """Another bundle on the command line than last time is a decision as well; the same one is none."""
         assert self._decisions is not None
         book = self._decisions.activations(name)
         last = next((one.choice for one in book if one.by == COMMAND_LINE), None)
-        if last != given:
+        # A process that is started again after it died decides nothing, whatever its command line said long ago.
+        if last != given and not (book and book[0].at > self._since):
             before = book[0].choice.version if book else None
             self._decisions.activate(name, given, COMMAND_LINE, before, given.version)
 
@@ -186,6 +194,8 @@ class Models:
         assert self._decisions is not None
         book = self._decisions.activations(name)
         now = self._active.get(name)
+        if now is None and book[0].by == COMMAND_LINE:
+            return  # what another command line served is for that one to serve
         try:
             if book and (now is None or book[0].choice.version != now.base):
                 self._put(self._found(name, book[0].choice))
@@ -231,7 +241,8 @@ class Models:
         """Judge by another policy from the next verdict on; raises `Problem`."""
         with self._changing:
             now = self.pick(name)
-            after = InForce.of(now.detector, choice)
+            choice = choice if choice.threshold is None else replace(choice, base=now.base)
+            after = InForce.of(now.detector, choice, base=now.base)
             revision = self._kept(
                 lambda: self.decisions.set_policy(name, choice, by, _told_of(now.policy), _told_of(after))
             )
@@ -252,8 +263,8 @@ class Models:
         """What a model is, and what it would be recalibrated; as `recalibrate`."""
         before = self.pick(name)
         own = before.own
-        made = self._made(name, before.bundle, own, own if scores is None else own.recalibrated(scores))
-        return before, replace(made, policy=InForce.of(made.detector, *self._choice(name)))
+        made = self._made(name, before.bundle, own, own if scores is None else _recalibrated(before, scores))
+        return before, replace(made, policy=InForce.of(made.detector, *self._choice(name), made.base))
 
     def _activated(self, chosen: Served, by: str) -> Served:
         now = self._active.get(chosen.name)
@@ -296,7 +307,10 @@ class Models:
         import torch
 
         engine = self._engine(detector)
-        self._warm(engine.warm)
+        try:
+            self._warm(engine.warm)
+        except NotAccepted as refusal:
+            raise refused(refusal) from None
         image = detector.image
         probe = torch.zeros((image.channels, image.height, image.width), dtype=torch.uint8)
         target, policy = Target(engine.judge, probe), InForce.of(engine.detector)
@@ -312,13 +326,13 @@ class Models:
         book, own = self._decisions.calibrations(served.name, served.base), served.own
         if book and book[0].revision != served.calibration:
             scores = book[0].choice.scores
-            detector = own if scores is None else own.recalibrated(scores)
+            detector = own if scores is None else _recalibrated(served, scores)
             served = self._made(served.name, served.bundle, own, detector, book[0].revision)
         choice, revision = self._choice(served.name)
         if revision == served.policy.revision:
             return served
         try:
-            return replace(served, policy=InForce.of(served.detector, choice, revision))
+            return replace(served, policy=InForce.of(served.detector, choice, revision, served.base))
         except (CalibrationError, ConfigError) as error:
             if strict:
                 message = f"the policy in force does not suit version {served.version}: {error}"
@@ -356,6 +370,12 @@ class Models:
         others = [one for one in self._loaded.get(served.name, ()) if one.base != served.base]
         others.sort(key=lambda one: one is self._active.get(served.name))
         self._loaded[served.name] = [*others, served][-_MOST_LOADED:]
+
+
+def _recalibrated(served: Served, scores: Floats) -> Detector:
+    """At the rate in force where there is one, so that a bundle's own smaller rate asks for no more scores."""
+    by_rate = served.policy.mode != BY_THRESHOLD
+    return served.own.recalibrated(scores, served.policy.alpha if by_rate else None)
 
 
 def _told_of(policy: InForce) -> dict[str, Any]:

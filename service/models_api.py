@@ -112,7 +112,7 @@ class ModelPages:
         asked, served = body_of(RecalibrateWanted), self._models.pick(model)
         reviewed = Reviews(self._kept().database).reviewed(model, sorted(self._versions(served)))
         if asked.undo:
-            if not served.calibration or served.detector is served.own:
+            if served.version == served.base:
                 raise Problem(HTTPStatus.CONFLICT, "nothing_before", f"{model} is ranked by its bundle's own normals")
             before, after = self._models.recalibrate(model, None, who())
             return answer(_recalibrated(True, reviewed, before, after))
@@ -207,8 +207,11 @@ def _ranking(served: Served, reviewed: Reviewed) -> dict[str, Any]:
     scores, detector = reviewed.normal_scores, served.detector
     flagged = None
     if len(scores) and not detector.calibration.crossed:
-        ranks = detector.calibration.p_values(scores).tolist()
-        flagged = sum(served.policy.outliers(detector, scores.tolist(), ranks)) / len(scores)
+        ranks = detector.calibration.p_values(scores)
+        if detector.calibration.n == len(scores):
+            # Each among the others, as a new picture would be: among all it stands beside itself.
+            ranks = (ranks * (len(scores) + 1) - 1) / len(scores)
+        flagged = sum(served.policy.outliers(detector, scores.tolist(), ranks.tolist())) / len(scores)
     return {
         "version": served.version,
         "normals": detector.calibration.n,

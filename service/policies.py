@@ -30,8 +30,17 @@ class InForce:
     band: tuple[float, float] | None
 
     @classmethod
-    def of(cls, detector: Detector, choice: PolicyChoice = PolicyChoice(), revision: int = 0) -> "InForce":  # noqa: B008
-        """What a choice means for a detector; raises `CalibrationError` or `ConfigError` where it means nothing."""
+    def of(
+        cls,
+        detector: Detector,
+        choice: PolicyChoice = PolicyChoice(),  # noqa: B008 - it is frozen
+        revision: int = 0,
+        base: str | None = None,
+    ) -> "InForce":
+        """What a choice means for a detector, of the bundle of version `base`.
+
+        Raises `CalibrationError` or `ConfigError` where it means nothing.
+        """
         if choice.threshold is None:
             mode = choice.mode or detector.policy.mode
             if mode not in MODES:
@@ -39,6 +48,8 @@ class InForce:
             alpha = detector.policy.alpha if choice.alpha is None else choice.alpha
             policy = detector.with_policy(alpha, cast(Any, mode)).policy
             return cls(revision, **asdict(policy))
+        if choice.base not in (None, base):
+            raise ConfigError("the threshold in force is of another bundle's scores; set an alpha, or a new threshold")
         if choice.alpha is not None or choice.mode is not None:
             raise ConfigError("give alpha, or a threshold of the score, not both")
         if not math.isfinite(choice.threshold):

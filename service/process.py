@@ -46,7 +46,7 @@ def serve(bundle: Path, settings: "ServiceSettings") -> None:
     with _claimed(settings.host, settings.port, "port") as main:
         port = main.getsockname()[1]
         with _claimed(settings.host, settings.separate_health_port(port), "health_port") as health:
-            place = Place(bundle, settings, port, health.getsockname()[1])
+            place = Place(bundle, settings, port, health.getsockname()[1], time.time())
             lifeline, held = multiprocessing.Pipe(duplex=False)
             told, report = multiprocessing.Pipe(duplex=False)
             server = Granian(
@@ -101,6 +101,7 @@ class Place:
     settings: "ServiceSettings"
     port: int
     health_port: int
+    started: float
 
     def url(self, port: int) -> str:
         host = self.settings.host
@@ -197,6 +198,7 @@ def _start(place: Place, lifeline: Connection) -> "Flask":
         readiness=readiness,
         registry=registry,
         on_lost=_give_up,
+        since=place.started,
     )
     running: Running = app.extensions["running"]
     _drain_on_signal(readiness, running, lifeline)

@@ -17,7 +17,8 @@ _log = logging.getLogger(__name__)
 
 _AT_ONCE = 1000
 _RETRY_SECONDS = (0.5, 5.0)
-_TIDY_SECONDS = 60.0
+_TIDY_SECONDS, _COMPACT_SECONDS = 60.0, 2.0
+_TIDY_ROWS = 200
 
 
 class Told(Protocol):
@@ -62,6 +63,7 @@ class Recorder:
         self._lost = {"verdict": 0, "picture": 0}
         self._error: str | None = None
         self._closing = False
+        self._tidy_at = 0.0
         told.watch_store(lambda: len(self._waiting) + self._in_hand, lambda: float(self._error is None))
         self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
         self._thread.start()
@@ -85,13 +87,13 @@ class Recorder:
         """How it goes, for people and for `/ready`: `behind` while the store cannot be written."""
         with self._changed:
             waiting = len(self._waiting) + self._in_hand
-            standing: dict[str, Any] = {
-                "state": "ok" if self._error is None else "behind",
+            # Why not is for the log: whoever may look at /ready need not know where the store is.
+            return {
+                "state": "ok" if self._error is None and self._thread.is_alive() else "behind",
                 "waiting": waiting,
                 "lost_verdicts": self._lost["verdict"],
                 "lost_pictures": self._lost["picture"],
             }
-            return standing if self._error is None else {**standing, "error": self._error}
 
     def flush(self, timeout: float) -> bool:
         """Wait until all that was put is kept; False if that took longer."""
@@ -107,13 +109,18 @@ class Recorder:
         return not self._thread.is_alive()
 
     def _work(self) -> None:
-        tidied = -_TIDY_SECONDS
         while not self._ended():
-            if batch := self._next():
-                self._write(batch)
-            if time.monotonic() - tidied > _TIDY_SECONDS:
-                tidied = time.monotonic()
-                self._tidy()
+            try:
+                if batch := self._next():
+                    self._write(batch)
+                if time.monotonic() >= self._tidy_at and not self._waiting:
+                    self._tidy()
+            except Exception as error:  # whatever it is, what comes next must be kept
+                _log.exception("the recorder failed")
+                with self._changed:
+                    self._lose("verdict", self._in_hand)
+                    self._in_hand, self._error = 0, f"{type(error).__name__}: {error}"
+                    self._changed.notify_all()
 
     def _ended(self) -> bool:
         with self._changed:
@@ -122,7 +129,8 @@ class Recorder:
     def _next(self) -> Sequence[Pending]:
         """Sleep until something waits, then until it is due or there is much of it; nothing where none came long."""
         with self._changed:
-            if not self._changed.wait_for(lambda: self._waiting or self._closing, _TIDY_SECONDS):
+            idle = max(0.0, self._tidy_at - time.monotonic())
+            if not self._changed.wait_for(lambda: self._waiting or self._closing, idle):
                 return ()
             self._changed.wait_for(lambda: len(self._waiting) >= _AT_ONCE or self._closing, self._flush_seconds)
             batch = [self._waiting.popleft() for _ in range(min(_AT_ONCE, len(self._waiting)))]
@@ -169,7 +177,8 @@ class Recorder:
     def _refused(self, record: Record, error: Exception) -> str | None:
         try:
             # A commit may have been made whose answer was lost.
-            if self._store.verdict(record.id) is None:
+            there = self._store.verdict(record.id)
+            if there is None or (there["request"], there["score"]) != (record.request, record.score):
                 _log.error("the store refuses the verdict %016x: %s", record.id, reason_of(error))
                 with self._changed:
                     self._lose("verdict")
@@ -193,7 +202,13 @@ class Recorder:
         self._told.store_lost(what, count)
 
     def _tidy(self) -> None:
+        """A little at a time, since verdicts wait meanwhile; more of it soon where there is more."""
+        more = False
         try:
-            self._store.tidy(self._kept, time.time())
+            more = self._store.tidy(self._kept, time.time(), _TIDY_ROWS) > 0
+            if not more:
+                self._store.compact()
         except (SQLAlchemyError, OSError) as error:
             _log.warning("what is too old stays in the store for now: %s", reason_of(error))
+        later = 0.0 if more else _COMPACT_SECONDS if self._store.uncompacted else _TIDY_SECONDS
+        self._tidy_at = time.monotonic() + later

@@ -10,7 +10,7 @@ from itertools import takewhile
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import RowMapping, insert, select, update
+from sqlalchemy import RowMapping, func, insert, select, update
 
 from service import ids
 from service.auditing import note
@@ -56,7 +56,9 @@ class Reviews:
         Raises `UnknownVerdict`, and `Contradiction` for a false alarm that was none.
         """
         with self._database.writing() as connection:
-            outlier = connection.scalar(select(VERDICTS.c.outlier).where(VERDICTS.c.id == number))
+            # Locked, so that nobody forgets it or says something else of it meanwhile (SQLite has one writer anyway).
+            found = select(VERDICTS.c.outlier).where(VERDICTS.c.id == number).with_for_update()
+            outlier = connection.scalar(found)
             if outlier is None:
                 raise UnknownVerdict
             if LABELS[label] is not None and bool(outlier) is not LABELS[label]:
@@ -93,10 +95,11 @@ class Reviews:
         """What reviews under these versions of a model found, up to the first that nobody judged: beyond it somebody
         may have picked."""
         ours = (REVIEWS.c.model == model, REVIEWS.c.version.in_(versions))
-        said = select(REVIEWS.c.score, FEEDBACK.c.label).outerjoin(FEEDBACK, FEEDBACK.c.id == REVIEWS.c.id)
+        label = func.coalesce(FEEDBACK.c.label, REVIEWS.c.label)
+        said = select(REVIEWS.c.score, label).outerjoin(FEEDBACK, FEEDBACK.c.id == REVIEWS.c.id)
         with self._database.reading() as connection:
             found = [(score, label) for score, label in connection.execute(said.where(*ours).order_by(REVIEWS.c.id))]
         judged = list(takewhile(lambda one: one[1] is not None, found))
         scores = [score for score, label in judged if label in NORMAL]
-        unclear = sum(label == "unclear" for _, label in judged)
+        unclear = sum(label in ("unclear", "forgotten") for _, label in judged)
         return Reviewed(len(found), len(judged), unclear, np.asarray(scores, np.float64))

@@ -75,8 +75,10 @@ REVIEWS = Table(
     _name("model"),
     _version(),
     Column("score", Double, nullable=False),
+    Column("label", String(64)),
 )
-"""Verdicts drawn for review by chance alone."""
+"""Verdicts drawn for review by chance alone. They stay when a verdict is forgotten, `label` with what was said of it:
+what is left of a sample once outliers are taken out is no sample."""
 
 FEEDBACK = Table(
     "feedback",
@@ -151,8 +153,9 @@ POLICIES = _decision(
     Column("alpha", Double),
     Column("mode", String(16)),
     Column("threshold", Double),
+    Column("base", String(16)),
 )
-"""All null: the bundle's own."""
+"""All null: the bundle's own. `base`: the version of the bundle whose scores a threshold is of."""
 
 ACTIVATIONS = _decision("activations", Column("bundle", String(255), nullable=False), _version())
 

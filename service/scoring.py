@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -203,7 +204,8 @@ class Scorer:
         except Problem as problem:
             places.skip()
             return problem
-        return places.submit(image, served.target, heatmap=asked.options.heat != "none")
+        also = partial(_explained, served) if asked.options.explain else None
+        return places.submit(image, served.target, heatmap=asked.options.heat != "none", also=also)
 
     def _outcome(self, ticket: Ticket | Problem, file: Upload, asked: Asked) -> Verdict | Problem:
         if isinstance(ticket, Problem):
@@ -217,8 +219,8 @@ class Scorer:
             drawn = None
             if scored.heat is not None:
                 more = {"regions": regions_json(scored.heat, served.detector.image, file.data)}
-                if options.explain:
-                    more["explanation"] = self._explained(served, ticket, scored)
+                if scored.also is not None:
+                    more["explanation"] = scored.also
                 if options.heat == "png":
                     drawn = self._timed("draw", asked.deadline, lambda: _drawn(scored, ticket))
         except NotScored as failure:
@@ -229,18 +231,8 @@ class Scorer:
         self._metrics.stage("queue", scored.queued_seconds)
         self._metrics.stage("judge", scored.judge_seconds)
         self._metrics.verdict(served.name, served.version, row["p_value"], row["outlier"], asked.source)
-        number = self._keeper.keep(served, row, ticket.image, asked.request_id, file.name, asked.source)
+        number = self._keeper.keep(served, row, ticket.image, file, asked.request_id, asked.source)
         return Verdict(number, options.applied({**row, **more}, served.detector), drawn)
-
-    def _explained(self, served: Served, ticket: Ticket, scored: Scored) -> dict[str, Any]:
-        """The first model looks at it once more, on the models' thread, between two batches."""
-        found: list[dict[str, Any]] = []
-        parts = {name: [value] for name, value in scored.row["parts"].items()}
-        try:
-            self._batcher.run(lambda: found.extend(served.own.explain(ticket.image[None], parts)))
-        except NotAccepted as refusal:
-            raise refused(refusal) from None
-        return found[0]
 
     def _timed(self, stage: str, deadline: float, work: Callable[[], _T]) -> _T:
         """Do CPU work of a request thread, no more of it at once than there are cores."""
@@ -253,6 +245,11 @@ class Scorer:
         finally:
             self._decoders.release()
             self._metrics.stage(stage, time.monotonic() - started)
+
+
+def _explained(served: Served, image: "Tensor", row: dict[str, Any]) -> dict[str, Any]:
+    parts = {name: [value] for name, value in row["parts"].items()}
+    return served.own.explain(image[None], parts)[0]
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,21 +1,22 @@
 """`Store`: verdicts, what is kept of their pictures, and counts by the minute, on disk or in PostgreSQL."""
 
 import json
+import math
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, Select, Table, delete, func, insert, select
+from sqlalchemy import ColumnElement, Connection, RowMapping, Select, Table, delete, func, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
 from anomaly_vae import ConfigError
 from service import ids
-from service.database import Database, quoted, reason_of
+from service.database import Database, private, quoted, reason_of
 from service.schema import BINS, FEEDBACK, HISTOGRAMS, PICTURES, RATES, REVIEWS, VERDICTS, WORKERS, migrate
 
 _CHUNK = 1000
@@ -98,6 +99,7 @@ class Store:
 
     def __init__(self, place: str) -> None:
         self.database = Database(place)
+        self._uncompacted = False
         try:
             with self.database.writing() as connection:
                 migrate(connection)
@@ -146,7 +148,8 @@ class Store:
         """Counts in buckets of so many minutes, each with `start` in seconds since 1970; empty ones are left out."""
         bucket = (RATES.c.minute - RATES.c.minute % minutes).label("bucket")
         sums = (func.sum(column).label(column.name) for column in (RATES.c.scored, RATES.c.outliers, RATES.c.expected))
-        query = select(bucket, *sums).where(RATES.c.minute >= since // 60, RATES.c.minute < until / 60)
+        # Whole numbers: PostgreSQL does not look for others in an index of these.
+        query = select(bucket, *sums).where(RATES.c.minute >= int(since // 60), RATES.c.minute < math.ceil(until / 60))
         query = _of(query, RATES, model, source).group_by(bucket).order_by(bucket)
         with self.database.reading() as connection:
             return list(connection.execute(query).mappings())
@@ -154,38 +157,60 @@ class Store:
     def histogram(self, since: float, until: float, model: str | None = None, source: str | None = None) -> list[int]:
         """p-values counted in `BINS` bins from 0 to 1, by the hours that lie in the span at least in part."""
         hours = HISTOGRAMS.c.hour
-        query = select(HISTOGRAMS.c.bin, func.sum(HISTOGRAMS.c.n)).where(hours >= since // 3600, hours < until / 3600)
+        query = select(HISTOGRAMS.c.bin, func.sum(HISTOGRAMS.c.n))
+        query = query.where(hours >= int(since // 3600), hours < math.ceil(until / 3600))
         query = _of(query, HISTOGRAMS, model, source).group_by(HISTOGRAMS.c.bin)
         with self.database.reading() as connection:
             found = {int(row[0]): int(row[1]) for row in connection.execute(query)}
         return [found.get(k, 0) for k in range(BINS)]
 
-    def forget(self, numbers: Iterable[int], pictures_only: bool = False) -> int:
+    def forget(
+        self, numbers: Iterable[int], pictures_only: bool = False, note: Callable[[Connection, int], None] | None = None
+    ) -> int:
         """Delete verdicts and all that hangs on them, or their pictures alone; how many there were.
 
-        Counts by the minute stay: they tell nothing of a picture.
+        `note` writes down, in the same transaction, how many were deleted. Counts by the minute stay, and of reviews
+        scores and labels: they tell nothing of a picture. `compact` wipes the traces.
         """
         chosen, first = list(numbers), PICTURES if pictures_only else VERDICTS
         gone = 0
         for start in range(0, len(chosen), _CHUNK):
             part = chosen[start : start + _CHUNK]
             with self.database.writing() as connection:
-                gone += connection.execute(delete(first).where(first.c.id.in_(part))).rowcount
-                for table in () if pictures_only else (PICTURES, REVIEWS, FEEDBACK):
+                if not pictures_only:
+                    _detach_reviews(connection, part)
+                count = connection.execute(delete(first).where(first.c.id.in_(part))).rowcount
+                for table in () if pictures_only else (PICTURES, FEEDBACK):
                     connection.execute(delete(table).where(table.c.id.in_(part)))
-        self._compact()
+                if note is not None:
+                    note(connection, count)
+            gone += count
+            self._uncompacted = True
         return gone
 
-    def tidy(self, kept: Kept, now: float) -> int:
-        """Delete what is older or more than is to be kept; how many pictures and verdicts that were."""
-        gone = 0
+    def compact(self) -> None:
+        """Wipe what was deleted out of the files, where there is anything; `uncompacted` stays where that must wait."""
+        if self._uncompacted:
+            self._uncompacted = not self.database.compact()
+
+    @property
+    def uncompacted(self) -> bool:
+        """Whether something deleted may still be read in the files."""
+        return self._uncompacted
+
+    def tidy(self, kept: Kept, now: float, most: int = _CHUNK) -> int:
+        """Delete of what is older or more than is to be kept at most so many; how many pictures and verdicts that were.
+
+        It is done where that is none.
+        """
         if kept.verdict_days is not None:
-            gone += self._forget_before(VERDICTS, ids.first_at(now - kept.verdict_days * 86_400))
-        if kept.picture_days is not None:
-            gone += self._forget_before(PICTURES, ids.first_at(now - kept.picture_days * 86_400))
+            gone = self._forget_before(VERDICTS, ids.first_at(now - kept.verdict_days * 86_400), most)
+            if gone:
+                return gone
+        before = 0 if kept.picture_days is None else ids.first_at(now - kept.picture_days * 86_400)
         if kept.picture_bytes is not None:
-            gone += self._forget_before(PICTURES, self._oldest_kept(kept.picture_bytes))
-        return gone
+            before = max(before, self._oldest_kept(kept.picture_bytes))
+        return self._forget_before(PICTURES, before, most)
 
     def counts(self) -> Counts:
         """How much there is; counts all rows, which takes a while where there are millions."""
@@ -210,6 +235,7 @@ class Store:
         if path.exists():
             raise ConfigError(f"{path} exists already; choose another place")
         try:
+            private(path)
             self.database.outside(f"VACUUM INTO {quoted(str(path))}")
         except (SQLAlchemyError, sqlite3.Error) as error:
             raise ConfigError(f"the backup {path} cannot be written: {reason_of(error)}") from None
@@ -218,15 +244,11 @@ class Store:
         """Give all connections back."""
         self.database.close()
 
-    def _forget_before(self, table: Table, number: int) -> int:
-        gone = 0
-        oldest = select(table.c.id).where(table.c.id < number).order_by(table.c.id).limit(_CHUNK)
-        while True:
-            with self.database.reading() as connection:
-                chosen = list(connection.scalars(oldest))
-            if not chosen:
-                return gone
-            gone += self.forget(chosen, pictures_only=table is PICTURES)
+    def _forget_before(self, table: Table, number: int, most: int) -> int:
+        oldest = select(table.c.id).where(table.c.id < number).order_by(table.c.id).limit(most)
+        with self.database.reading() as connection:
+            chosen = list(connection.scalars(oldest))
+        return self.forget(chosen, pictures_only=table is PICTURES)
 
     def _oldest_kept(self, most: int) -> int:
         """The smallest id such that pictures from it on take at most so many bytes."""
@@ -238,11 +260,6 @@ class Store:
                 if total > most:
                     return int(number) + 1
         return 0
-
-    def _compact(self) -> None:
-        if self.database.is_sqlite:
-            # What was deleted is gone from the log of changes as well.
-            self.database.outside("PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 def _verdicts() -> Select[Any]:
@@ -278,12 +295,20 @@ def _rates(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def _histograms(records: Sequence[Record]) -> list[dict[str, Any]]:
-    found = Counter(
-        (int(ids.seconds_of(r.id) // 3600), r.model, r.version, r.source, min(int(r.p_value * BINS), BINS - 1))
-        for r in records
-    )
+    found = Counter((int(ids.seconds_of(r.id) // 3600), r.model, r.version, r.source, _bin(r.p_value)) for r in records)
     names = ("hour", "model", "version", "source", "bin", "n")
     return [dict(zip(names, (*place, found[place]), strict=True)) for place in sorted(found)]
+
+
+def _detach_reviews(connection: Connection, numbers: list[int]) -> None:
+    said = select(FEEDBACK.c.label).where(FEEDBACK.c.id == REVIEWS.c.id).scalar_subquery()
+    ours = REVIEWS.c.id.in_(numbers) & REVIEWS.c.label.is_(None)
+    connection.execute(update(REVIEWS).where(ours).values(label=func.coalesce(said, "forgotten")))
+
+
+def _bin(p_value: float) -> int:
+    """Bins hold their upper ends: p = 0.05 is one of the 5% smallest."""
+    return min(max(math.ceil(p_value * BINS - 1e-9), 1), BINS) - 1
 
 
 def _add(connection: Connection, table: Table, rows: list[dict[str, Any]], counts: tuple[str, ...]) -> None:

@@ -28,8 +28,11 @@ def store_command(
             store.backup(backup)
             typer.echo(f"wrote {backup} ({backup.stat().st_size / 2**20:,.1f} MiB)")
         if forget_before is not None or forget_pictures_before is not None:
-            gone = store.tidy(Kept(forget_before, forget_pictures_before, None), time.time())
-            typer.echo(f"forgot {gone:,}")
+            kept, now, gone = Kept(forget_before, forget_pictures_before, None), time.time(), 0
+            while some := store.tidy(kept, now):
+                gone += some
+            store.compact()
+            typer.echo(f"forgot {gone:,}{'; a reader keeps the traces in the log until it ends' * store.uncompacted}")
         typer.echo(_summary(store))
     finally:
         store.close()

@@ -40,6 +40,9 @@ class Target(NamedTuple):
     probe: "Tensor"
 
 
+Also = Callable[["Tensor", dict[str, Any]], Any]
+
+
 class NotAccepted(AnomalyVaeError):
     """There is no place for this request; nothing was decoded or judged. `retry_after` is in seconds."""
 
@@ -60,11 +63,12 @@ class NotScored(AnomalyVaeError):
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """One picture's row, its heat map if asked for, and where its time went (seconds)."""
+    """One picture's row, its heat map if asked for, what `Ticket.also` found, and where its time went (seconds)."""
 
     row: dict[str, Any]
     heat: "np.ndarray[Any, Any] | None"
     heat_scale: float
+    also: Any
     queued_seconds: float
     judge_seconds: float
 
@@ -75,7 +79,14 @@ class Queue(Protocol):
     @property
     def clock(self) -> Callable[[], float]: ...
     def enqueue(
-        self, image: "Tensor", target: Target | None, *, heatmap: bool, bulk: bool, deadline: float | None
+        self,
+        image: "Tensor",
+        target: Target | None,
+        *,
+        heatmap: bool,
+        bulk: bool,
+        deadline: float | None,
+        also: "Also | None" = None,
     ) -> "Ticket": ...
     def give_back(self, places: int) -> None: ...
     def cancel(self, ticket: "Ticket", outcome: NotScored) -> None: ...
@@ -89,6 +100,7 @@ class Ticket:
         "_done",
         "_failure",
         "_scored",
+        "also",
         "bulk",
         "deadline",
         "entered",
@@ -118,6 +130,7 @@ class Ticket:
         self.bulk = bulk
         self.deadline = deadline
         self.entered = entered
+        self.also: Also | None = None
 
     def result(self) -> Scored:
         """Wait until judged or until the deadline; raises `NotScored`."""
@@ -159,10 +172,17 @@ class Reservation:
         self._bulk = bulk
         self._deadline = deadline
 
-    def submit(self, image: "Tensor", target: Target | None = None, *, heatmap: bool = False) -> Ticket:
-        """Queue one uint8 (C, H, W) picture on one of the places; for the first model unless another is given."""
+    def submit(
+        self, image: "Tensor", target: Target | None = None, *, heatmap: bool = False, also: "Also | None" = None
+    ) -> Ticket:
+        """Queue one uint8 (C, H, W) picture on one of the places; for the first model unless another is given.
+
+        `also` is asked with the picture and its row, on the models' thread, once it is judged.
+        """
         assert self._left > 0, "more pictures than places were reserved"
-        ticket = self._batcher.enqueue(image, target, heatmap=heatmap, bulk=self._bulk, deadline=self._deadline)
+        ticket = self._batcher.enqueue(
+            image, target, heatmap=heatmap, bulk=self._bulk, deadline=self._deadline, also=also
+        )
         self._left -= 1
         return ticket
 

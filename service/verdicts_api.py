@@ -7,10 +7,11 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
+from itertools import chain
 from typing import Any
 
 from flask import Response
-from sqlalchemy import RowMapping
+from sqlalchemy import Connection, RowMapping
 
 from anomaly_vae.answers import Forgotten, Rates, ReviewPage, Verdict, VerdictPage
 from service import ids
@@ -25,6 +26,8 @@ from service.routes import Route
 from service.store import Store, Wanted
 
 _PAGE = 1000
+_BUCKETS = 10_000
+_FLUSH_SECONDS = 5.0
 _SHOWN = 100
 _Z = 1.959964
 
@@ -32,8 +35,11 @@ _Z = 1.959964
 class VerdictPages:
     """Routes on what the store holds; `heatmap` draws that of a verdict's row and kept picture, or raises `Problem`."""
 
-    def __init__(self, store: Store, heatmap: Callable[[RowMapping, bytes], bytes]) -> None:
-        self._store, self._heatmap, self._reviews = store, heatmap, Reviews(store.database)
+    def __init__(
+        self, store: Store, heatmap: Callable[[RowMapping, bytes], bytes], flush: Callable[[float], bool]
+    ) -> None:
+        self._store, self._heatmap, self._flush = store, heatmap, flush
+        self._reviews = Reviews(store.database)
 
     def routes(self) -> list[Route]:
         """All of them."""
@@ -76,30 +82,46 @@ class VerdictPages:
         if wanted == Wanted():
             message = "say which verdicts to forget: give since, until, model, source or outlier"
             raise Problem(HTTPStatus.BAD_REQUEST, "bad_parameter", message)
-        gone, before = 0, None
+        self._flushed()
+        told = asked.model_dump(mode="json", exclude_none=True)
+        gone, before, by = 0, None, who()
+
+        def write(connection: Connection, count: int) -> None:
+            note(connection, by, "forget", "many", told, {"forgotten": count})
+
         while rows := self._store.verdicts(wanted, before, _PAGE):
             before = rows[-1]["id"]
-            gone += self._store.forget([row["id"] for row in rows], asked.pictures_only)
-        return self._forgotten("many", gone, asked.model_dump(mode="json", exclude_none=True))
+            gone += self._store.forget([row["id"] for row in rows], asked.pictures_only, write)
+        self._store.compact()
+        return answer({"forgotten": gone})
 
     def verdict(self, verdict: str) -> Response:
         return answer(shown(_found(self._store, verdict)))
 
     def forget(self, verdict: str) -> Response:
-        row = _found(self._store, verdict)
-        return self._forgotten(verdict, self._store.forget([row["id"]]), None)
+        return self._forgotten(verdict, _found(self._store, verdict), pictures_only=False)
 
     def image(self, verdict: str) -> Response:
         return Response(_picture(self._store, verdict)[1], mimetype="image/png")
 
     def forget_image(self, verdict: str) -> Response:
-        row, _ = _picture(self._store, verdict)
-        return self._forgotten(verdict, self._store.forget([row["id"]], pictures_only=True), {"pictures_only": True})
+        return self._forgotten(verdict, _picture(self._store, verdict)[0], pictures_only=True)
 
-    def _forgotten(self, subject: str, count: int, asked: Any) -> Response:
-        with self._store.database.writing() as connection:
-            note(connection, who(), "forget", subject, asked, {"forgotten": count})
-        return answer({"forgotten": count})
+    def _forgotten(self, verdict: str, row: RowMapping, pictures_only: bool) -> Response:
+        by = who()
+
+        def write(connection: Connection, count: int) -> None:
+            note(connection, by, "forget", verdict, {"pictures_only": pictures_only}, {"forgotten": count})
+
+        gone = self._store.forget([row["id"]], pictures_only, write)
+        self._store.compact()
+        return answer({"forgotten": gone})
+
+    def _flushed(self) -> None:
+        """What was answered already is kept, so that it can be forgotten; raises `Problem`."""
+        if not self._flush(_FLUSH_SECONDS):
+            message = "verdicts still wait for the store, and would be kept after this; try again when /ready says ok"
+            raise Problem(HTTPStatus.SERVICE_UNAVAILABLE, "store_down", message, retry_after=5.0)
 
     def heat(self, verdict: str) -> Response:
         return Response(self._heatmap(*_picture(self._store, verdict)), mimetype="image/png")
@@ -108,6 +130,9 @@ class VerdictPages:
         asked = query_of(RatesWanted)
         until = asked.until.timestamp() if asked.until else time.time() + 60
         since = asked.since.timestamp() if asked.since else until - 86_400
+        if (until - since) / 60 > asked.minutes * _BUCKETS:
+            message = f"that is more than {_BUCKETS:,} buckets; ask for more minutes a bucket, or a shorter span"
+            raise Problem(HTTPStatus.BAD_REQUEST, "bad_parameter", message)
         rows = self._store.rates(since, until, asked.minutes, asked.model, asked.source)
         return answer(
             {
@@ -193,9 +218,13 @@ def _exported(store: Store, asked: VerdictsWanted) -> Response:
             yield from (shown(row) for row in page)
             before, left = page[-1]["id"], left - len(page)
 
+    found = rows(cursor, left)
+    # The first row is read before the answer begins: a store that is down is an error, not an answer that breaks off.
+    first = next(found, None)
+    found = chain([] if first is None else [first], found)
     if asked.format == "ndjson":
-        return Response((json.dumps(row) + "\n" for row in rows(cursor, left)), mimetype="application/x-ndjson")
-    return Response(_as_csv(rows(cursor, left)), mimetype="text/csv")
+        return Response((json.dumps(row) + "\n" for row in found), mimetype="application/x-ndjson")
+    return Response(_as_csv(found), mimetype="text/csv")
 
 
 _COLUMNS = ("id", "at", "request_id", "filename", "model", "version", "source", "score", "p_value", "outlier",
@@ -209,7 +238,7 @@ def _as_csv(rows: Iterator[dict[str, Any]]) -> Iterator[str]:
     lines.writerow(_COLUMNS)
     for row in rows:
         row["feedback"] = row["feedback"]["label"] if row["feedback"] else ""
-        row["filename"] = _harmless(row["filename"] or "")
+        row |= {name: _harmless(row[name] or "") for name in ("filename", "request_id")}
         lines.writerow([row[name] for name in _COLUMNS])
         yield text.getvalue()
         text.seek(0)

@@ -102,7 +102,6 @@ def test_while_the_database_is_down_verdicts_wait_and_are_kept_when_it_returns(p
             time.sleep(0.02)
         standing = recorder.standing()
         assert (standing["state"], standing["waiting"], standing["lost_verdicts"]) == ("behind", 300, 50)
-        assert standing["error"]
         assert (told.up(), told.waiting()) == (0.0, 300)
     finally:
         postgres_server.start()
@@ -192,4 +191,41 @@ def test_old_pictures_go_without_anybody_asking(tmp_path, told):
     recorder.put(Pending(record(ids.first_at(time.time() + 1))))
     assert recorder.close(30)
     assert (store.picture(old.id), store.picture(new.id)) == (None, b"new")
+    store.close()
+
+
+def test_tidying_goes_on_a_little_at_a_time_and_nothing_is_lost_meanwhile(tmp_path, told, monkeypatch):
+    monkeypatch.setattr("service.recorder._TIDY_ROWS", 50)
+    store = Store(str(tmp_path / "s.sqlite"))
+    store.write(made(5000, time.time() - 10 * 86_400, 1.0))
+    recorder = Recorder(store, told, Kept(verdict_days=1.0), flush_seconds=0.01, most_waiting=120)
+    new = made(600, time.time())
+    for one in new:
+        recorder.put(Pending(one))
+        time.sleep(0.001)
+    assert recorder.flush(30)
+    assert told.lost["verdict"] == 0
+    until = time.monotonic() + 60
+    while len(kept(store)) > 600 and time.monotonic() < until:
+        time.sleep(0.05)
+    assert kept(store) == [one.id for one in new]
+    assert recorder.close(30)
+    store.close()
+
+
+def test_whatever_goes_wrong_the_recorder_goes_on_and_says_so(tmp_path, told, monkeypatch):
+    store = Store(str(tmp_path / "s.sqlite"))
+    recorder = Recorder(store, told, FOREVER, flush_seconds=0.01)
+    first, second = made(2)
+    write = store.write
+    monkeypatch.setattr(store, "write", lambda records: 1 / 0)
+    recorder.put(Pending(first))
+    assert recorder.flush(30)
+    assert (recorder.standing()["state"], recorder.standing()["lost_verdicts"]) == ("behind", 1)
+    monkeypatch.setattr(store, "write", write)
+    recorder.put(Pending(second))
+    assert recorder.flush(30)
+    assert recorder.standing()["state"] == "ok"
+    assert kept(store) == [second.id]
+    assert recorder.close(30)
     store.close()

@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 import pytest
 from serving import running
-from test_service_store import form, kept, until
+from test_service_store import altered, form, kept, until
 
 from anomaly_vae import Detector, answers
 from anomaly_vae.training import train
@@ -286,7 +286,7 @@ def test_what_was_decided_holds_after_a_restart_and_in_every_process_that_shares
 
 def test_recalibration_takes_reviewed_normals_alone_and_can_be_undone(serve, versions, digits_folder) -> None:
     client = serve("review_share=1.0", "max_images_per_request=64")
-    normal = [path.read_bytes() for path in sorted((digits_folder / "good").iterdir())[:360]]
+    normal = [altered(path.read_bytes(), 2) for path in sorted((digits_folder / "good").iterdir())[:360]]
     odd = [path.read_bytes() for path in sorted((digits_folder / "9").iterdir())[:40]]
     for start in range(0, 360, 60):
         batch = [*normal[start : start + 60], *odd[start // 15 : start // 15 + 4]]
