@@ -76,7 +76,7 @@ def unread(server: Server, body: bytes, headers: str = "", query: str = "?heatma
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.settimeout(60)
         connection.connect((url.host, url.port))
-        head = f"POST /v1/score{query} HTTP/1.1\r\nHost: x\r\n{headers}Content-Length: {len(body)}\r\n\r\n"
+        head = f"POST /v1/score{query} HTTP/1.1\r\nHost: localhost\r\n{headers}Content-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
         assert connection.recv(100).startswith(b"HTTP/1.1 200")
         yield connection
@@ -293,7 +293,7 @@ def test_sigterm_ends_an_archive_after_what_was_accepted_with_a_line_that_says_s
         url, late, rows = httpx.URL(server.url), tarred(MANY[:1]), []
         assert len(late) == 10240
         with socket.create_connection((url.host, url.port)) as unfinished:
-            unfinished.sendall(b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Length: 10240\r\n\r\n" + late[:600])
+            unfinished.sendall(b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10240\r\n\r\n" + late[:600])
             with httpx.stream("POST", server.url + "/v1/score", content=tarred(MANY * 3), timeout=60) as reply:
                 for line in reply.iter_lines():
                     rows.append(json.loads(line))

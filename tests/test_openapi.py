@@ -95,7 +95,8 @@ def test_every_answer_is_as_the_document_says(server, document, digits_folder):
         ask("GET", path, 200)
     for query in ("format=csv", "format=ndjson", "since=2020-01-01", "until=1e9", "since=0001-01-01T00:00:00%2B14:00"):
         ask("GET", f"/v1/verdicts?{query}", 400 if "1e9" in query else 200)
-    ask("GET", "/v1/rates?since=0001-01-01T00:00:00Z&until=9999-12-31T23:59:59-12:00", 200)
+    ask("GET", "/v1/rates?since=0001-01-01T00:00:00Z&until=9999-12-31T23:59:59-12:00", 400)
+    ask("GET", "/v1/rates?since=2026-01-01&until=2026-02-01T00:00:00-12:00", 200)
     one = f"/v1/verdicts/{odd}"
     for path in (one, f"{one}/image", f"{one}/heatmap"):
         ask("GET", path, 200)

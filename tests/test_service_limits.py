@@ -101,7 +101,7 @@ def test_sigterm_makes_unready_finishes_the_queued_refuses_the_rest_and_ends_wit
         replies = [pool.submit(httpx.post, server.url + "/v1/score", content=PICTURE, timeout=60) for _ in range(8)]
         # A request whose body has yet to come keeps the process alive for a look at it.
         with socket.create_connection((url.host, url.port)) as unfinished:
-            unfinished.sendall(b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nno ")
+            unfinished.sendall(b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nno ")
             wait_until(lambda: total(samples(server), "anomaly_queue_depth") == 8)
             server.process.terminate()
             wait_until(lambda: httpx.get(server.health + "/ready").status_code == 503)

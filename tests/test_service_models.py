@@ -247,6 +247,20 @@ def test_a_threshold_means_nothing_where_p_values_decide(serve) -> None:
     assert refused(client.put("/v1/models/folds/policy", json={"threshold": 1.0})) == (400, "bad_parameter")
 
 
+def test_a_threshold_is_of_one_bundles_scores(serve, versions) -> None:
+    client = serve()
+    client.put("/v1/models/parts/policy", json={"threshold": 1.0}).raise_for_status()
+    loaded = client.post("/v1/models/parts:load", json={"bundle": "better", "activate": True})
+    assert refused(loaded) == (409, "policy_not_supported")
+    assert "another bundle's scores" in loaded.json()["error"]["message"]
+    assert version_now(client) == versions["parts"]
+    client.put("/v1/models/parts/policy", json={}).raise_for_status()
+    client.post("/v1/models/parts:activate", json={"version": versions["better"]}).raise_for_status()
+    # Going back to the threshold's policy, which is of the other bundle, is refused as well.
+    client.put("/v1/models/parts/policy", json={"alpha": 0.2}).raise_for_status()
+    assert client.post("/v1/models/parts/policy:rollback").status_code == 200
+
+
 def test_a_version_that_cannot_keep_the_policy_is_not_activated(serve, versions) -> None:
     client = serve()
     client.put("/v1/models/parts/policy", json={"alpha": 0.02}).raise_for_status()
@@ -335,6 +349,8 @@ def test_recalibration_takes_reviewed_normals_alone_and_can_be_undone(serve, ver
     )
     assert (undone.before.version, undone.after.version) == (done.after.version, versions["parts"])
     assert version_now(client) == versions["parts"]
+    again = client.post("/v1/models/parts:recalibrate", json={"undo": True})
+    assert refused(again) == (409, "nothing_before")
     actions = [change["action"] for change in client.get("/v1/audit").json()["changes"]]
     assert actions.count("recalibrate") == 2
 

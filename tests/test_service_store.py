@@ -249,6 +249,7 @@ def test_a_verdict_and_its_picture_can_be_forgotten(client, pictures):
     ("GET", "/v1/verdicts/..%2f..%2fetc", None, "not_found"),
     ("GET", "/v1/verdicts/none/image", None, "unknown_verdict"),
     ("GET", "/v1/rates?minutes=many", None, "bad_parameter"),
+    ("GET", "/v1/rates?since=1970-01-01&minutes=1", None, "bad_parameter"),
     ("POST", "/v1/feedback", "{", "bad_json"),
     ("POST", "/v1/feedback", "[1]", "bad_json"),
     ("POST", "/v1/feedback", "[" * 60_000, "bad_json"),
@@ -262,6 +263,36 @@ def test_mistakes_are_told_in_one_line(client, method, path, body, code):
     refusal = answered.Refusal.model_validate(reply.json())
     assert (refusal.error.code, 400 <= reply.status_code < 500) == (code, True)
     assert "\n" not in refusal.error.message
+
+
+@pytest.mark.parametrize(("headers", "code"), [
+    ({"Origin": "http://evil.example"}, "cross_site"),
+    ({"Origin": "null"}, "cross_site"),
+    ({"Sec-Fetch-Site": "cross-site"}, "cross_site"),
+    ({"Host": "evil.example"}, "unknown_host"),
+    ({"Host": "localhost.evil.example:80"}, "unknown_host"),
+    ({"Origin": "http://evil.example", "Host": "evil.example"}, "unknown_host"),
+])  # fmt: skip
+def test_pages_of_other_sites_are_kept_out_where_nobody_is_asked_for_a_key(client, pictures, headers, code):
+    for method, path in (("POST", "/v1/score"), ("GET", "/v1/verdicts"), ("POST", "/v1/models/x/policy:rollback")):
+        reply = client.request(method, path, content=pictures["good-0000.png"], headers=headers)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (403, code)
+    own = {"Origin": str(client.base_url).rstrip("/"), "Sec-Fetch-Site": "same-origin"}
+    assert client.get("/v1/verdicts", headers=own).status_code == 200
+    assert client.get("/v1/verdicts", headers={"Host": "localhost:80"}).status_code == 200
+
+
+def test_what_was_just_answered_is_forgotten_too(client, pictures):
+    sent = client.post("/v1/score", files=form(pictures)).json()["results"]
+    assert client.delete("/v1/verdicts?until=2100-01-01").json()["forgotten"] >= len(sent)
+    assert client.get("/v1/verdicts").json()["verdicts"] == []
+
+
+def test_nobody_else_on_the_machine_may_read_what_is_kept(tiny_bundle, pictures, tmp_path):
+    with running(tiny_bundle, f"store={tmp_path / 's.sqlite'}") as server:
+        httpx.post(server.url + "/v1/score", files=form(pictures), timeout=60).raise_for_status()
+        assert {path.stat().st_mode & 0o077 for path in tmp_path.iterdir()} == {0}
+        assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_without_a_store_pictures_are_scored_and_nothing_else_is_promised(tiny_bundle, pictures):
@@ -328,6 +359,10 @@ def test_while_the_database_is_down_scoring_goes_on_and_it_is_said(tiny_bundle, 
             assert httpx.get(server.health + "/ready").status_code == 200
             assert (metric("anomaly_store_up"), metric("anomaly_store_waiting")) == (0, len(pictures))
             refused = client.get("/v1/verdicts")
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "store_down")
+            for form_of in ("csv", "ndjson"):
+                assert client.get(f"/v1/verdicts?format={form_of}").status_code == 503
+            refused = client.delete("/v1/verdicts?until=2100-01-01")
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "store_down")
             refused = client.put(f"/v1/models/{tiny_bundle.name}/policy", json={"alpha": 0.1})
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "store_down")
