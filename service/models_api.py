@@ -188,7 +188,8 @@ def _policy_of(served: Served, choice: PolicyChoice) -> InForce:
 
 
 def _decision(decided: Decided[PolicyChoice]) -> dict[str, Any]:
-    return {"revision": decided.revision, "by": decided.by, "at": moment(decided.at), **asdict(decided.choice)}
+    choice = {name: getattr(decided.choice, name) for name in ("alpha", "mode", "threshold")}
+    return {"revision": decided.revision, "by": decided.by, "at": moment(decided.at), **choice}
 
 
 def _recalibrated(applied: bool, reviewed: Reviewed, before: Served, after: Served) -> dict[str, Any]:
