@@ -293,7 +293,8 @@ def test_sigterm_ends_an_archive_after_what_was_accepted_with_a_line_that_says_s
         url, late, rows = httpx.URL(server.url), tarred(MANY[:1]), []
         assert len(late) == 10240
         with socket.create_connection((url.host, url.port)) as unfinished:
-            unfinished.sendall(b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10240\r\n\r\n" + late[:600])
+            head = b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10240\r\n\r\n"
+            unfinished.sendall(head + late[:600])
             with httpx.stream("POST", server.url + "/v1/score", content=tarred(MANY * 3), timeout=60) as reply:
                 for line in reply.iter_lines():
                     rows.append(json.loads(line))
