@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from anomaly_vae.bundle import MANIFEST, Bundle, read_bundle, write_bundle
-from anomaly_vae.calibration import Calibration, Mode
+from anomaly_vae.calibration import Calibration, Mode, rank_allowed
 from anomaly_vae.errors import BundleError, ConfigError
 from anomaly_vae.expert import Batch
 from anomaly_vae.images import ImageSpec, decode, inside, masked
@@ -136,15 +136,16 @@ class Detector:
         policy = policy_of(self.calibration, self.policy.alpha if alpha is None else alpha, mode or self.policy.mode)
         return self._as(policy, self.version)
 
-    def recalibrated(self, scores: npt.ArrayLike, alpha: float | None = None) -> "Detector":
+    def recalibrated(self, scores: npt.ArrayLike) -> "Detector":
         """The same detector ranked among the `scores` that it gave to normal pictures which no part of it has seen.
 
-        All members see such a picture alike, so that even with K-fold its score, their mean, is ranked as one. `alpha`
-        is the old one unless given; raises `CalibrationError` where so many scores do not support it. Its version tells
-        the old one and the scores.
+        All members see such a picture alike, so that even with K-fold its score, their mean, is ranked as one. Its
+        alpha is the old one where so many scores support it, else the smallest that they do; raises `CalibrationError`
+        where they support none. Its version tells the old one and the scores.
         """
         calibration = Calibration.of([scores])
-        policy = policy_of(calibration, self.policy.alpha if alpha is None else alpha, self.policy.mode)
+        alpha, mode = self.policy.alpha, self.policy.mode
+        policy = policy_of(calibration, alpha if rank_allowed(calibration.n, alpha, mode) else None, mode)
         content = hashlib.sha256(self.version.encode() + calibration.scores[0].astype("<f8").tobytes())
         version = content.hexdigest()[:12]
         other = self._as(policy, version)

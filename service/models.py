@@ -263,7 +263,10 @@ class Models:
         """What a model is, and what it would be recalibrated; as `recalibrate`."""
         before = self.pick(name)
         own = before.own
-        made = self._made(name, before.bundle, own, own if scores is None else _recalibrated(before, scores))
+        made = self._made(name, before.bundle, own, own if scores is None else own.recalibrated(scores))
+        if before.policy.mode != BY_THRESHOLD:
+            # The rate in force must go on, whatever larger one so few scores would support.
+            InForce.of(made.detector, PolicyChoice(before.policy.alpha, before.policy.mode))
         return before, replace(made, policy=InForce.of(made.detector, *self._choice(name), made.base))
 
     def _activated(self, chosen: Served, by: str) -> Served:
@@ -326,7 +329,7 @@ class Models:
         book, own = self._decisions.calibrations(served.name, served.base), served.own
         if book and book[0].revision != served.calibration:
             scores = book[0].choice.scores
-            detector = own if scores is None else _recalibrated(served, scores)
+            detector = own if scores is None else own.recalibrated(scores)
             served = self._made(served.name, served.bundle, own, detector, book[0].revision)
         choice, revision = self._choice(served.name)
         if revision == served.policy.revision:
@@ -370,12 +373,6 @@ class Models:
         others = [one for one in self._loaded.get(served.name, ()) if one.base != served.base]
         others.sort(key=lambda one: one is self._active.get(served.name))
         self._loaded[served.name] = [*others, served][-_MOST_LOADED:]
-
-
-def _recalibrated(served: Served, scores: Floats) -> Detector:
-    """At the rate in force where there is one, so that a bundle's own smaller rate asks for no more scores."""
-    by_rate = served.policy.mode != BY_THRESHOLD
-    return served.own.recalibrated(scores, served.policy.alpha if by_rate else None)
 
 
 def _told_of(policy: InForce) -> dict[str, Any]:

@@ -55,6 +55,10 @@ def test_the_version_tells_the_detector_and_the_scores(detector, fresh, tmp_path
     assert loaded.judge(images).p_value == again.judge(images).p_value
 
 
-def test_too_few_scores_for_the_policy_are_refused(detector, fresh):
+def test_fewer_scores_support_a_larger_alpha_and_too_few_none(detector, fresh):
+    assert detector.recalibrated(fresh[1][:30]).policy.alpha == 0.05
+    assert detector.with_policy(0.02).recalibrated(fresh[1][:30]).policy.alpha == 0.05
+    assert detector.with_policy(0.04).recalibrated(fresh[1][:30]).policy.alpha == 0.04
+    assert detector.recalibrated(fresh[1][:12]).policy.alpha == 0.1
     with pytest.raises(CalibrationError, match="calibration images"):
         detector.recalibrated(fresh[1][:5])
