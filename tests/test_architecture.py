@@ -67,7 +67,7 @@ LIBRARY = [
 ]
 SERVICE = [
     {"errors", "settings", "ids", "schema", "database", "tickets", "logs", "codes"},
-    {"batching", "metrics", "uploads", "keys", "archives", "store", "auditing", "refusals"},
+    {"batching", "shares", "bridge", "metrics", "uploads", "keys", "archives", "store", "auditing", "refusals"},
     {"recorder", "decisions", "reviewing", "allowance", "keys_command", "store_command", "bodies"},
     {"access", "policies", "asked"},
     {"models", "routes", "edge"},
@@ -76,6 +76,8 @@ SERVICE = [
     {"scoring", "models_api", "verdicts_api"},
     {"health", "streaming"},
     {"api"},
+    {"quick"},
+    {"front"},
     {"app"},
     {"process"},
     {"demo"},
