@@ -86,7 +86,7 @@ class Scorer:
             extra_delay=settings.extra_delay_ms / 1000,
             bulk_patience=settings.bulk_patience_ms / 1000,
             threads=lambda: self._shares.batches,
-            launching=lambda alone: self._shares.take(alone),
+            began=self._shares.take,
             on_batch=metrics.batch,
             on_lost=on_lost,
         )
