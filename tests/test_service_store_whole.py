@@ -4,13 +4,12 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import httpx
 import pytest
+from forked import command
 from serving import running, started
 from test_service_store import form, kept, until
 
@@ -59,19 +58,15 @@ def test_a_backup_taken_in_use_is_served_as_it_was(tiny_bundle, pictures, tmp_pa
         sent = client.post("/v1/score", files=form(pictures)).json()["results"]
         client.put(f"/v1/models/{tiny_bundle.name}/policy", json={"alpha": 0.2}).raise_for_status()
         before = kept(client, sent[-1]["id"])
-        command = [sys.executable, "-m", "anomaly_vae", "store", str(place), "--backup", str(copy)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert f"{len(pictures)} verdicts since" in done.stdout
-        again = subprocess.run(command, capture_output=True, text=True)
+        assert f"{len(pictures)} verdicts since" in command("store", place, "--backup", copy).stdout
+        again = command("store", place, "--backup", copy)
         assert (again.returncode, "exists already" in again.stderr) == (2, True), again.stderr
         client.delete(f"/v1/verdicts/{sent[-1]['id']}").raise_for_status()
     with running(tiny_bundle, f"store={copy}") as server, httpx.Client(base_url=server.url, timeout=60) as client:
         assert kept(client, sent[-1]["id"]) == before
         assert client.get(f"/v1/models/{tiny_bundle.name}/policy").json()["policy"]["alpha"] == 0.2
-    forget = [sys.executable, "-m", "anomaly_vae", "store", str(copy), "--forget-before", "0"]
-    assert ": 0 verdicts since none" in subprocess.run(forget, capture_output=True, text=True, check=True).stdout
-    missing = subprocess.run([*command[:4], str(tmp_path / "none")], capture_output=True, text=True)
-    assert "there is no store" in missing.stderr
+    assert ": 0 verdicts since none" in command("store", copy, "--forget-before", "0").stdout
+    assert "there is no store" in command("store", tmp_path / "none").stderr
 
 
 def test_while_the_database_is_down_scoring_goes_on_and_it_is_said(tiny_bundle, pictures, postgres_server):
