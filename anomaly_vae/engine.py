@@ -34,10 +34,14 @@ class Engine:
         self.max_batch = max_batch
 
     def warm(self) -> None:
-        """Record the scores as native calls, and judge one blank batch of every size, so that no user waits for it."""
+        """Record the scores as native calls, and judge blank batches of every size, so that no user waits for it.
+
+        A CPU gains nothing from sizes between the smallest and the largest.
+        """
         self.detector = recorded(self.detector)
         image = self.detector.image
-        for size in self._buckets():
+        sizes = list(self._buckets())
+        for size in sizes if self.device.type != "cpu" else sorted({sizes[0], sizes[-1]}):
             blank = torch.zeros((size, image.channels, image.height, image.width), dtype=torch.uint8)
             condition = self.detector.spec.model.condition
             classes = [condition.classes[0]] * size if condition and self.detector.wants_classes else None

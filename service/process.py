@@ -47,6 +47,7 @@ def serve(bundle: Path, settings: "ServiceSettings") -> None:
         port = main.getsockname()[1]
         with _claimed(settings.host, settings.separate_health_port(port), "health_port") as health:
             place = Place(bundle, settings, port, health.getsockname()[1], time.time())
+            _say_that_it_starts(bundle)
             lifeline, held = multiprocessing.Pipe(duplex=False)
             told, report = multiprocessing.Pipe(duplex=False)
             server = Granian(
@@ -73,6 +74,13 @@ def serve(bundle: Path, settings: "ServiceSettings") -> None:
         error = AnomalyVaeError(message)
         error.exit_code = code
         raise error
+
+
+def _say_that_it_starts(bundle: Path) -> None:
+    """Many large models take many seconds until they answer; a bundle that is not there has its own line."""
+    if (bundle / "bundle.yaml").is_file():
+        sys.stderr.write(f"starting: loading {bundle} and warming it up; several large models take a while\n")
+        sys.stderr.flush()
 
 
 def serve_command(
