@@ -19,7 +19,7 @@ from service.health import HealthPages, Readiness
 from service.keeping import Keeper
 from service.keys import Keyring
 from service.metrics import Metrics
-from service.models import Models
+from service.models import Models, Served
 from service.models_api import ModelPages
 from service.openapi import Described
 from service.recorder import Recorder
@@ -94,7 +94,7 @@ def create_app(
 
     models = Models(
         engine, open_bundle, settings.models, store.database if store else None,
-        lambda served: metrics.in_force(served.name, served.version, served.policy.expected_false_alarm_rate),
+        lambda served: _tell(metrics, served),
         since,
     )  # fmt: skip
     keeper = Keeper(recorder, store.worker if store else 0, settings.source, settings.images, settings.review_share)
@@ -118,6 +118,11 @@ def create_app(
     if readiness is None:
         stands.become("ready")
     return app
+
+
+def _tell(metrics: Metrics, served: Served) -> None:
+    rate, calibration = served.policy.expected_false_alarm_rate, served.detector.calibration
+    metrics.in_force(served.name, served.version, rate, calibration.n, served.detector.calibrated_at)
 
 
 def _groups(running: Running, settings: ServiceSettings, metrics: Metrics) -> dict[str, list[Route]]:

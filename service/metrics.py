@@ -76,7 +76,13 @@ class Metrics:
         self._p_values = Histogram(
             "anomaly_p_value", "p-values; uniform for normal pictures", by, buckets=P_VALUES, registry=registry
         )
-        self._info = Gauge("anomaly_model_info", "1 for the model in force", ["model", "version"], registry=registry)
+        of = ["model", "version"]
+        self._info = Gauge("anomaly_model_info", "1 for the model in force", of, registry=registry)
+        self._calibrated = Gauge(
+            "anomaly_calibration_timestamp_seconds", "When the normals were scored that rank verdicts now", of,
+            registry=registry,
+        )  # fmt: skip
+        self._normals = Gauge("anomaly_calibration_normals", "Normals that rank verdicts now", of, registry=registry)
 
     def _declare_store(self, registry: CollectorRegistry) -> None:
         self._store_seconds = Histogram(
@@ -101,14 +107,19 @@ class Metrics:
         self._store_waiting.set_function(waiting)
         self._store_up.set_function(up)
 
-    def in_force(self, model: str, version: str, expected_outlier_ratio: float) -> None:
-        """Name the version of a model that answers from now on; its counters start at 0, so that the first outlier is a
-        visible increase."""
+    def in_force(
+        self, model: str, version: str, expected_outlier_ratio: float, normals: int, calibrated_at: float | None
+    ) -> None:
+        """Name the version of a model that answers from now on, and its calibration; its counters start at 0, so that
+        the first outlier is a visible increase."""
         before = self._versions.get(model)
         if before not in (None, version):
-            self._info.remove(model, str(before))
+            for gauge in (self._info, self._calibrated, self._normals):
+                gauge.remove(model, str(before))
         self._versions[model] = version
         self._info.labels(model, version).set(1)
+        self._calibrated.labels(model, version).set(math.nan if calibrated_at is None else calibrated_at)
+        self._normals.labels(model, version).set(normals)
         self._ratios[model, version] = expected_outlier_ratio
         self._of(model, version, self._source)
         for labels, counted in list(self._sources.items()):
