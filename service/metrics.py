@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 P_VALUES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+FAILURES = (429, 500, 503, 504)
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 STAGES = ("read", "decode", "queue", "judge", "draw")
 # Why a picture or a request got no score: refusals of the queue first, then what went wrong afterwards.
@@ -146,6 +147,9 @@ class Metrics:
         """One answered request; `route` must be a template, never a raw path."""
         answer = (route, method if method in METHODS else "other", code)
         if answer not in self._of_answer:
+            # A series that begins with the first burst of failures would hide that burst: rates see increases alone.
+            for failure in FAILURES if code < 400 else ():
+                self._requests.labels(route, answer[1], failure)
             self._of_answer[answer] = self._requests.labels(*answer), self._request_seconds.labels(route)
         counted, timed = self._of_answer[answer]
         counted.inc()
