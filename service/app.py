@@ -4,13 +4,14 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from flask import Flask
 from prometheus_client import CollectorRegistry
 from sqlalchemy.exc import SQLAlchemyError
+from werkzeug.middleware.proxy_fix import ProxyFix
 
 from anomaly_vae import Detector, Engine
 from service.api import ScorePages
@@ -94,7 +95,7 @@ def create_app(
 
     models = Models(
         engine, open_bundle, settings.models, store.database if store else None,
-        lambda served: _tell(metrics, served),
+        lambda served: _tell(metrics, served, keyring.sources() if keyring else ()),
         since,
     )  # fmt: skip
     keeper = Keeper(recorder, store.worker if store else 0, settings.source, settings.images, settings.review_share)
@@ -114,15 +115,17 @@ def create_app(
     described = Described(groups, secured=keyring is not None)
     routes = [*described.routes(), *(route for group in groups.values() for route in group)]
     app.register_blueprint(blueprint("api", routes))
+    if (proxies := settings.trusted_proxies) > 0:
+        app.wsgi_app = ProxyFix(app.wsgi_app, x_for=proxies, x_proto=proxies)  # type: ignore[method-assign]
     app.extensions["running"] = running
     if readiness is None:
         stands.become("ready")
     return app
 
 
-def _tell(metrics: Metrics, served: Served) -> None:
-    rate, calibration = served.policy.expected_false_alarm_rate, served.detector.calibration
-    metrics.in_force(served.name, served.version, rate, calibration.n, served.detector.calibrated_at)
+def _tell(metrics: Metrics, served: Served, sources: Iterable[str]) -> None:
+    rate, detector = served.policy.expected_false_alarm_rate, served.detector
+    metrics.in_force(served.name, served.version, rate, detector.calibration.n, detector.calibrated_at, sources)
 
 
 def _groups(running: Running, settings: ServiceSettings, metrics: Metrics) -> dict[str, list[Route]]:

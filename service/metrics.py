@@ -1,7 +1,7 @@
 """`Metrics`: what Prometheus sees, on a registry that is handed in; every label has few values, all known here."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -109,10 +109,16 @@ class Metrics:
         self._store_up.set_function(up)
 
     def in_force(
-        self, model: str, version: str, expected_outlier_ratio: float, normals: int, calibrated_at: float | None
+        self,
+        model: str,
+        version: str,
+        expected_outlier_ratio: float,
+        normals: int,
+        calibrated_at: float | None,
+        sources: Iterable[str] = (),
     ) -> None:
-        """Name the version of a model that answers from now on, and its calibration; its counters start at 0, so that
-        the first outlier is a visible increase."""
+        """Name the version of a model that answers from now on, and its calibration; its counters start at 0 for all
+        `sources` that keys name, so that the first outlier is a visible increase."""
         before = self._versions.get(model)
         if before not in (None, version):
             for gauge in (self._info, self._calibrated, self._normals):
@@ -122,7 +128,8 @@ class Metrics:
         self._calibrated.labels(model, version).set(math.nan if calibrated_at is None else calibrated_at)
         self._normals.labels(model, version).set(normals)
         self._ratios[model, version] = expected_outlier_ratio
-        self._of(model, version, self._source)
+        for source in (self._source, *sources):
+            self._of(model, version, source)
         for labels, counted in list(self._sources.items()):
             if labels[:2] == (model, version):
                 counted.expected.set(expected_outlier_ratio)
