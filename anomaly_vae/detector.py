@@ -4,6 +4,7 @@ import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from itertools import repeat
 from pathlib import Path
 from typing import Any, Self
@@ -95,7 +96,8 @@ class Detector:
     `version`: the first 12 hex digits of its content hash. `seen`: hashes (uint64) of all pictures that took part in
     training, fitting or calibration, so that an evaluation can leave them out. `known_kinds`: the kinds of anomalies
     that it was shown in training. `probes`: the images that its bundle keeps beside their scores.
-    `normals`: what explanations compare with, where the bundle has it.
+    `normals`: what explanations compare with, where the bundle has it. `calibrated_at`: when the normals that rank
+    verdicts were scored, in seconds since 1970, or None where that is not known.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class Detector:
         self.known_kinds = tuple(known_kinds)
         self.probes: Batch | None = None
         self.normals: Normals | None = None
+        self.calibrated_at: float | None = None
 
     @property
     def device(self) -> torch.device:
@@ -136,12 +139,12 @@ class Detector:
         policy = policy_of(self.calibration, self.policy.alpha if alpha is None else alpha, mode or self.policy.mode)
         return self._as(policy, self.version)
 
-    def recalibrated(self, scores: npt.ArrayLike) -> "Detector":
+    def recalibrated(self, scores: npt.ArrayLike, at: float | None = None) -> "Detector":
         """The same detector ranked among the `scores` that it gave to normal pictures which no part of it has seen.
 
         All members see such a picture alike, so that even with K-fold its score, their mean, is ranked as one. Its
         alpha is the old one where so many scores support it, else the smallest that they do; raises `CalibrationError`
-        where they support none. Its version tells the old one and the scores.
+        where they support none. Its version tells the old one and the scores. `at`: as `calibrated_at`.
         """
         calibration = Calibration.of([scores])
         alpha, mode = self.policy.alpha, self.policy.mode
@@ -149,7 +152,7 @@ class Detector:
         content = hashlib.sha256(self.version.encode() + calibration.scores[0].astype("<f8").tobytes())
         version = content.hexdigest()[:12]
         other = self._as(policy, version)
-        other.calibration = calibration
+        other.calibration, other.calibrated_at = calibration, at
         return other
 
     def _as(self, policy: Policy, version: str) -> "Detector":
@@ -249,7 +252,10 @@ class Detector:
 
         `probes`: images kept beside their scores, by which `load` checks the device it loads on.
         """
-        bundle = Bundle(self._description(), self._files(probes), metrics or {})
+        told = dict(metrics or {})
+        if self.calibrated_at is not None:
+            told["calibrated_at"] = datetime.fromtimestamp(self.calibrated_at, UTC).isoformat(timespec="seconds")
+        bundle = Bundle(self._description(), self._files(probes), told)
         write_bundle(path, bundle, replace)
         version = bundle.content_hash[:12]
         return self._as(self.policy, version)
@@ -263,6 +269,7 @@ class Detector:
             detector = cls._unpack(bundle, description, torch.device(device))
             normals = safetensors.numpy.load(bundle.files.get("normals.safetensors", _NOTHING))
             detector.normals = Normals.unpacked(normals) if normals else None
+            detector.calibrated_at = _calibrated_at(bundle, path)
             probes = safetensors.numpy.load(bundle.files.get("probes.safetensors", _NOTHING))
             if len(probes):
                 label = torch.from_numpy(probes["label"]) if "label" in probes else None
@@ -359,3 +366,11 @@ def policy_of(calibration: Calibration, alpha: float | None, mode: Mode) -> Poli
     alpha = calibration.smallest_alpha(mode) if alpha is None else alpha
     promise = calibration.promise(alpha, mode)
     return Policy(alpha, mode, calibration.threshold(alpha, mode), promise.expected, promise.bound, promise.band)
+
+
+def _calibrated_at(bundle: Bundle, path: Path) -> float:
+    """Seconds since 1970. Older bundles do not tell; what they say is when they came onto this disk, at the latest."""
+    try:
+        return datetime.fromisoformat(str(bundle.metrics["calibrated_at"])).timestamp()
+    except (KeyError, ValueError):
+        return (path / MANIFEST).stat().st_mtime

@@ -120,6 +120,7 @@ def train(
     if not fabric.is_global_zero:
         return None
     detector = _calibrated(spec, pictures, parts, members, groups, known)
+    detector.calibrated_at = time.time()
     metrics = _metrics(spec, parts, places, fitted, started) | {"latent_cost": members[0].model.law.cost_name}
     metrics |= {"known_anomalies": known.counts} if known else {}
     notes = [*pictures.notes, *_collapse_notes(spec, len(parts), fitted)]

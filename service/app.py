@@ -4,13 +4,14 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from flask import Flask
 from prometheus_client import CollectorRegistry
 from sqlalchemy.exc import SQLAlchemyError
+from werkzeug.middleware.proxy_fix import ProxyFix
 
 from anomaly_vae import Detector, Engine
 from service.allowance import Allowance
@@ -21,7 +22,7 @@ from service.health import HealthPages, Readiness
 from service.keeping import Keeper
 from service.keys import Keyring
 from service.metrics import Metrics
-from service.models import Models
+from service.models import Models, Served
 from service.models_api import ModelPages
 from service.openapi import Described
 from service.quick import Quick
@@ -98,7 +99,7 @@ def create_app(
 
     models = Models(
         engine, open_bundle, settings.models, store.database if store else None,
-        lambda served: metrics.in_force(served.name, served.version, served.policy.expected_false_alarm_rate),
+        lambda served: _tell(metrics, served, keyring.sources() if keyring else ()),
         since,
     )  # fmt: skip
     keeper = Keeper(recorder, store.worker if store else 0, settings.source, settings.images, settings.review_share)
@@ -120,11 +121,18 @@ def create_app(
     described = Described(groups, secured=keyring is not None)
     routes = [*described.routes(), *(route for group in groups.values() for route in group)]
     app.register_blueprint(blueprint("api", routes))
+    if (proxies := settings.trusted_proxies) > 0:
+        app.wsgi_app = ProxyFix(app.wsgi_app, x_for=proxies, x_proto=proxies)  # type: ignore[method-assign]
     app.extensions["running"] = running
     app.extensions["front"] = Front(app, quick, settings.threads_for_requests(), settings.body_seconds)
     if readiness is None:
         stands.become("ready")
     return app
+
+
+def _tell(metrics: Metrics, served: Served, sources: Iterable[str]) -> None:
+    rate, detector = served.policy.expected_false_alarm_rate, served.detector
+    metrics.in_force(served.name, served.version, rate, detector.calibration.n, detector.calibrated_at, sources)
 
 
 def _groups(running: Running, settings: ServiceSettings, metrics: Metrics) -> dict[str, list[Route]]:

@@ -141,6 +141,10 @@ class Keyring:
         right = hmac.compare_digest(_digest(secret), key.sha256 if key else _digest(""))
         return key if right and key is not None and not key.expired(datetime.now(UTC)) else None
 
+    def sources(self) -> set[str]:
+        """All sources that keys name."""
+        return {key.source for key in self._keys.values() if key.source is not None}
+
     def _look_again(self) -> None:
         if time.monotonic() - self._looked < _RELOAD_SECONDS or not self._lock.acquire(blocking=False):
             return

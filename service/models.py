@@ -7,6 +7,7 @@ import logging
 import math
 import re
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from http import HTTPStatus
@@ -263,7 +264,7 @@ class Models:
         """What a model is, and what it would be recalibrated; as `recalibrate`."""
         before = self.pick(name)
         own = before.own
-        made = self._made(name, before.bundle, own, own if scores is None else own.recalibrated(scores))
+        made = self._made(name, before.bundle, own, own if scores is None else own.recalibrated(scores, time.time()))
         if before.policy.mode != BY_THRESHOLD:
             # The rate in force must go on, whatever larger one so few scores would support.
             InForce.of(made.detector, PolicyChoice(before.policy.alpha, before.policy.mode))
@@ -329,7 +330,7 @@ class Models:
         book, own = self._decisions.calibrations(served.name, served.base), served.own
         if book and book[0].revision != served.calibration:
             scores = book[0].choice.scores
-            detector = own if scores is None else own.recalibrated(scores)
+            detector = own if scores is None else own.recalibrated(scores, book[0].at)
             served = self._made(served.name, served.bundle, own, detector, book[0].revision)
         choice, revision = self._choice(served.name)
         if revision == served.policy.revision:

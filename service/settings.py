@@ -22,6 +22,7 @@ class ServiceSettings(Spec):
     port: int = Field(default=8765, ge=0, le=65535)
     health_port: int | None = Field(default=None, ge=0, le=65535)
     allow_remote: bool = False
+    trusted_proxies: int = Field(default=0, ge=0, le=16)
     keys: Path | None = None
     tls_certificate: Path | None = None
     tls_key: Path | None = None

@@ -1,5 +1,8 @@
 """A detector ranked among other normals: the same scores, new p-values, a version of its own."""
 
+import os
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -62,3 +65,17 @@ def test_fewer_scores_support_a_larger_alpha_and_too_few_none(detector, fresh):
     assert detector.recalibrated(fresh[1][:12]).policy.alpha == 0.1
     with pytest.raises(CalibrationError, match="calibration images"):
         detector.recalibrated(fresh[1][:5])
+
+
+def test_the_bundle_tells_when_it_was_calibrated(detector, fresh, tmp_path):
+    assert time.time() - 3600 < detector.calibrated_at < time.time()
+    again = detector.recalibrated(fresh[1], at=1_700_000_000.0)
+    again.save(tmp_path / "b")
+    assert Detector.load(tmp_path / "b").calibrated_at == again.calibrated_at == 1_700_000_000.0
+    assert again.with_policy(0.1).calibrated_at == again.calibrated_at
+
+
+def test_a_bundle_that_does_not_tell_counts_as_calibrated_when_it_was_written(detector, fresh, tmp_path):
+    detector.recalibrated(fresh[1]).save(tmp_path / "b")
+    os.utime(tmp_path / "b" / "bundle.yaml", (1_600_000_000, 1_600_000_000))
+    assert Detector.load(tmp_path / "b").calibrated_at == 1_600_000_000.0

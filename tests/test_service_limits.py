@@ -63,6 +63,9 @@ def test_the_metrics_count_exactly_and_start_at_zero(tiny_bundle: Path) -> None:
     assert total(found, "anomaly_http_requests_total", route="/v1/score", method="POST", code="200") == 8
     assert total(found, "anomaly_http_requests_total", route="/v1/score", method="POST", code="422") == 1
     assert total(found, "anomaly_http_requests_total", route="unmatched", code="404") == 3
+    failures = {dict(by)["code"]: value for (name, by), value in found.items()
+                if name == "anomaly_http_requests_total" and ("route", "/v1/score") in by}  # fmt: skip
+    assert failures == {"200": 8, "422": 1, "429": 0, "500": 0, "503": 0, "504": 0}, "failures start at 0"
     assert total(found, "anomaly_http_request_duration_seconds_count", route="/v1/score") == 9
     assert total(found, "anomaly_rejected_total", reason="bad_image") == 2
     assert total(found, "anomaly_rejected_total") == 2
