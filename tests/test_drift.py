@@ -1,4 +1,4 @@
-"""What drift alarms promise: fair evidence, rare false alarms (calibration redrawn too), and that the right one speaks."""
+"""What drift alarms promise: fair evidence, few false alarms with calibration redrawn, and the right one speaking."""
 
 import itertools
 import json
