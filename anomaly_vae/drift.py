@@ -263,10 +263,8 @@ class ShiftAlarm:
     def shifts(self, blocks: int = _SHOWN) -> list[Shift]:
         """The move of each name over the last so many blocks, or as many as there are; none before the least window."""
         most = min(blocks, self.images // BLOCK, BLOCKS)
-        if most < WINDOWS[0]:
-            return []
-        first = 1 if self.images % BLOCK or not self._sums[0].any() else 0
-        return self._over(first, most)
+        # The first of the sums is of a block that is not full yet.
+        return self._over(1, most) if most >= WINDOWS[0] else []
 
     def _over(self, first: int, blocks: int) -> list[Shift]:
         """The larger of two moves, by its own limit: that of the bulk, and the share that has left the bulk."""

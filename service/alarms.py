@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -30,7 +29,8 @@ _log = logging.getLogger(__name__)
 Kind = Literal["rate", "shift"]
 KINDS: tuple[Kind, ...] = ("rate", "shift")
 _EXAMPLES = 10
-_MOST_WATCHED = 64
+_MOST_POLICIES = 4
+"""Of each model, the present policy and those by which verdicts on their way were judged."""
 _KEY = ("model", "version", "source")
 _LIGHT = [column for column in ALARMS.c if column.name != "sums"]
 
@@ -135,16 +135,18 @@ class Alarms:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._watches: OrderedDict[tuple[str, str, int], Watch] = OrderedDict()
+        self._watches: dict[tuple[str, str, int], Watch] = {}
         self._active: dict[str, str] = {}
 
     def in_force(self, model: str, version: str, policy: int, watch: Watch) -> None:
         """From now on verdicts of this version, judged by this revision of its policy, are held against `watch`."""
         self._active[model] = version
-        self._watches[model, version, policy] = watch
-        self._watches.move_to_end((model, version, policy))
-        while len(self._watches) > _MOST_WATCHED:
-            self._watches.popitem(last=False)
+        others = {key: one for key, one in self._watches.items() if key != (model, version, policy)}
+        ours = [key for key in others if key[0] == model]
+        for key in ours[: max(0, len(ours) - _MOST_POLICIES + 1)]:
+            del others[key]
+        # Replaced as a whole: another thread is counting.
+        self._watches = {**others, (model, version, policy): watch}
 
     def count(self, connection: Connection, records: Sequence[Record]) -> None:
         """Count verdicts in the transaction that keeps them. What goes wrong here must not keep them from it."""

@@ -91,7 +91,7 @@ def _of_raised_rate(row: RowMapping, rate: RateAlarm) -> str:
             "Most pictures have changed as well (see the shift alarm of this source): look at the camera, the lighting "
             "and the product first. When it is mended, or the model recalibrated, acknowledge both."
         )
-    if shift["shifts"]:
+    if shift["shifts"] and rate.recent_images >= _LEAST:
         return found + (
             "Most pictures look as before, so these are more defects, or a few of a new kind, rather than the camera: "
             "look at the examples, act on the line, then acknowledge."

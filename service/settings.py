@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from anomaly_vae import ConfigError, Spec, override, read_yaml
+from anomaly_vae import ConfigError, Spec, override, parse_yaml, read_yaml
 
 # Not ANOMALY_VAE_SERVICE_: Kubernetes itself sets ANOMALY_VAE_SERVICE_HOST and _PORT beside a Service "anomaly-vae".
 ENVIRONMENT_PREFIX = "ANOMALY_VAE_SERVE_"
@@ -73,6 +73,11 @@ class ServiceSettings(Spec):
         if models is not None and not models.is_dir():
             raise ValueError(f"{models} is no folder; give the one that holds the bundles")
         return models
+
+    @field_validator("base_rates", mode="before")
+    @classmethod
+    def _as_in_yaml(cls, rates: Any) -> Any:
+        return parse_yaml(rates, "base_rates") if isinstance(rates, str) else rates
 
     @field_validator("device")
     @classmethod
