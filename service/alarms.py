@@ -187,7 +187,13 @@ class Alarms:
     def _read(self, row: RowMapping | None) -> State | None:
         """A state, where it is of a version and policy that this process knows."""
         watch = None if row is None else self._watches.get((row["model"], row["version"], row["policy"]))
-        return State.read(row, watch) if row is not None and watch is not None else None
+        if row is None or watch is None:
+            return None
+        try:
+            return State.read(row, watch)
+        except (ValueError, KeyError, TypeError) as error:
+            _log.warning("the alarms of %s begin anew, what is kept of them cannot be read: %s", row["source"], error)
+            return None
 
     def rows(self) -> list[RowMapping]:
         """The states of what is active now, by model and source."""
