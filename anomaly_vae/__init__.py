@@ -74,7 +74,7 @@ _HOME = {
     "write_durably": "bundle",
 }
 
-_MODULES = ("answers",)
+_MODULES = ("answers", "drift")
 
 __all__ = [*sorted(_HOME), *_MODULES, "__version__"]
 

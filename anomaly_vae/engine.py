@@ -110,11 +110,13 @@ def _first(judged: Judgement, count: int) -> Judgement:
         outlier=judged.outlier[:count],
         parts={name: column[:count] for name, column in judged.parts.items()},
         heat=None if judged.heat is None else judged.heat[:count],
+        latents=None if judged.latents is None else judged.latents[:count],
     )
 
 
 def _joined(pieces: list[Judgement]) -> Judgement:
     heats = [piece.heat for piece in pieces if piece.heat is not None]
+    latents = [piece.latents for piece in pieces if piece.latents is not None]
     return replace(
         pieces[0],
         score=[value for piece in pieces for value in piece.score],
@@ -122,4 +124,5 @@ def _joined(pieces: list[Judgement]) -> Judgement:
         outlier=[value for piece in pieces for value in piece.outlier],
         parts={name: [value for piece in pieces for value in piece.parts[name]] for name in pieces[0].parts},
         heat=np.concatenate(heats) if heats else None,
+        latents=np.concatenate(latents) if latents else None,
     )

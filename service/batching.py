@@ -308,6 +308,7 @@ class Batcher:
             self._batch_seconds = known + 0.2 * (seconds - known) if known else seconds
         heat, scale = judged.heat, judged.heat_scale
         rows = [judged.row(index) for index in range(len(tickets))]
+        latents = [()] * len(tickets) if judged.latents is None else [tuple(one) for one in judged.latents.tolist()]
         return [
             Scored(
                 row=rows[index],
@@ -317,6 +318,7 @@ class Batcher:
                 also=None if ticket.also is None else ticket.also(ticket.image, rows[index]),
                 queued_seconds=started - ticket.entered,
                 judge_seconds=seconds,
+                latents=latents[index],
             )
             for index, ticket in enumerate(tickets)
         ]

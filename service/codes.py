@@ -84,6 +84,8 @@ CODES: dict[str, Code] = {
     "contradiction": Code(_CONFLICT, "Use a label that fits the verdict; the message lists them."),
     "unknown_verdict": Code(_NOT_FOUND, "Look again in a moment, or at GET /v1/verdicts."),
     "no_picture": Code(_NOT_FOUND, "Have more pictures kept: settings images, picture_days, review_share."),
+    "unknown_alarm": Code(_NOT_FOUND, "Use an id of GET /v1/alarms."),
+    "not_raised": Code(_CONFLICT, "There is nothing to do."),
     "version_gone": Code(HTTPStatus.GONE, "Load the bundle that made the verdict."),
     "store_down": Code(_BUSY, "Wait until /ready says that the store is back."),
     # The service

@@ -113,7 +113,7 @@ class Quick:
             return None
         if not self._can_ask(headers):
             return None
-        return Plain(headers, scope.scheme == "https", scope.query_string, kind, int(length), time.monotonic())
+        return Plain(headers, self._is_secure(scope), scope.query_string, kind, int(length), time.monotonic())
 
     async def answer(self, request: Plain, incoming: Incoming) -> Answer | None:
         """The verdict, or why there is none; None for what only Flask can answer, which is then done nothing about."""
@@ -167,6 +167,13 @@ class Quick:
             late.cancel()
         verdict = self._scorer.finish(ticket, file, asked)
         return {"model": served.shown, "results": [result(None, verdict)]}
+
+    def _is_secure(self, scope: Any) -> bool:
+        """As werkzeug's ProxyFix has it for Flask."""
+        proxies = self._settings.trusted_proxies
+        schemes = scope.headers.get("x-forwarded-proto", "").split(",") if proxies else []
+        scheme = schemes[-proxies].strip() if len(schemes) >= proxies > 0 else ""
+        return (scheme or scope.scheme) == "https"
 
     def _most_bytes(self) -> int:
         return min(MOST_BYTES, self._settings.max_request_bytes)

@@ -253,7 +253,7 @@ class Scorer:
         self._metrics.stage("queue", scored.queued_seconds)
         self._metrics.stage("judge", scored.judge_seconds)
         self._metrics.verdict(served.name, served.version, row["p_value"], row["outlier"], asked.source)
-        number = self._keeper.keep(served, row, ticket.image, file, asked.request_id, asked.source)
+        number = self._keeper.keep(served, row, ticket.image, file, asked.request_id, asked.source, scored.latents)
         return Verdict(number, options.applied({**row, **more}, served.detector), drawn)
 
     def _timed(self, stage: str, deadline: float, work: Callable[[], _T]) -> _T:

@@ -4,15 +4,16 @@ import ipaddress
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from anomaly_vae import ConfigError, Spec, override, read_yaml
+from anomaly_vae import ConfigError, Spec, override, parse_yaml, read_yaml
 
 # Not ANOMALY_VAE_SERVICE_: Kubernetes itself sets ANOMALY_VAE_SERVICE_HOST and _PORT beside a Service "anomaly-vae".
 ENVIRONMENT_PREFIX = "ANOMALY_VAE_SERVE_"
 MIB = 1024 * 1024
+SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
 class ServiceSettings(Spec):
@@ -56,6 +57,7 @@ class ServiceSettings(Spec):
     picture_megabytes: int | None = Field(default=1024, ge=1)
     verdict_days: float | None = Field(default=None, gt=0.0)
     review_share: float = Field(default=0.01, ge=0.0, le=1.0)
+    base_rates: dict[SourceName, Annotated[float, Field(gt=0.0, lt=1.0)]] = Field(default_factory=dict)
 
     logs: Literal["auto", "text", "json"] = "auto"
     log_requests: bool = False
@@ -74,6 +76,11 @@ class ServiceSettings(Spec):
         if models is not None and not models.is_dir():
             raise ValueError(f"{models} is no folder; give the one that holds the bundles")
         return models
+
+    @field_validator("base_rates", mode="before")
+    @classmethod
+    def _as_in_yaml(cls, rates: Any) -> Any:
+        return parse_yaml(rates, "base_rates") if isinstance(rates, str) else rates
 
     @field_validator("device")
     @classmethod

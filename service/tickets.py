@@ -23,6 +23,8 @@ class Judged(Protocol):
     def heat(self) -> "np.ndarray[Any, Any] | None": ...
     @property
     def heat_scale(self) -> float: ...
+    @property
+    def latents(self) -> "np.ndarray[Any, Any] | None": ...
     def row(self, index: int, /) -> dict[str, Any]: ...
 
 
@@ -63,7 +65,10 @@ class NotScored(AnomalyVaeError):
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """One picture's row, its heat map if asked for, what `Ticket.also` found, and where its time went (seconds)."""
+    """One picture's row, its heat map if asked for, what `Ticket.also` found, and where its time went (seconds).
+
+    `latents`: those that are watched.
+    """
 
     row: dict[str, Any]
     heat: "np.ndarray[Any, Any] | None"
@@ -71,6 +76,7 @@ class Scored:
     also: Any
     queued_seconds: float
     judge_seconds: float
+    latents: tuple[float, ...] = ()
 
 
 class Queue(Protocol):

@@ -91,7 +91,8 @@ def test_every_answer_is_as_the_document_says(server, document, digits_folder):
 
     for path in ("/", "/docs", "/openapi.json", "/live", "/ready", "/v2/health/live", "/v2/health/ready", "/metrics"):
         ask("GET", path, 200)
-    for path in ("/v1/models", "/v1/models/tiny", "/v1/models/tiny/policy", "/v1/audit", "/v1/review", "/v1/verdicts"):
+    for path in ("/v1/models", "/v1/models/tiny", "/v1/models/tiny/policy", "/v1/audit", "/v1/review", "/v1/verdicts",
+                 "/v1/alarms"):  # fmt: skip
         ask("GET", path, 200)
     for query in ("format=csv", "format=ndjson", "since=2020-01-01", "until=1e9", "since=0001-01-01T00:00:00%2B14:00"):
         ask("GET", f"/v1/verdicts?{query}", 400 if "1e9" in query else 200)
@@ -116,8 +117,8 @@ def test_every_answer_is_as_the_document_says(server, document, digits_folder):
     ask("DELETE", one, 200)
     ask("DELETE", "/v1/verdicts?outlier=true", 200)
     operations = {one["operationId"] for methods in document["paths"].values() for one in methods.values()}
-    # It takes another bundle, or hundreds of reviews; `answers` are held against those in tests of their own.
-    assert operations - ask.succeeded == {"rollback", "recalibrate"}
+    # It takes another bundle, hundreds of reviews or an alarm; `answers` are held against those in tests of their own.
+    assert operations - ask.succeeded == {"rollback", "recalibrate", "acknowledge"}
 
 
 def refuse(ask: Checked, one: str) -> None:
@@ -139,6 +140,7 @@ def refuse(ask: Checked, one: str) -> None:
     ask("PUT", "/v1/models/tiny/policy", 200, json={"alpha": 1 - 1e-15})
     for wrong in ("x\0y", "x" * 1001):
         ask("POST", "/v1/feedback", 400, json={"verdict": one[-16:], "label": "unclear", "note": wrong})
+    ask("POST", "/v1/alarms/0123456789abcdef:acknowledge", 404)
     ask("GET", "/v1/verdicts?outlier=1", 400)
     ask("GET", "/v1/verdicts?limit=0", 400)
     ask("GET", "/v1/verdicts/0000000000000000/heatmap", 404)
