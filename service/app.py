@@ -14,6 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from anomaly_vae import Detector, Engine
 from service.api import ScorePages
+from service.calibration_api import CalibrationPages
 from service.edge import install
 from service.health import HealthPages, Readiness
 from service.keeping import Keeper
@@ -22,9 +23,11 @@ from service.metrics import Metrics
 from service.models import Models
 from service.models_api import ModelPages
 from service.openapi import Described
+from service.pages import WebPages
 from service.recorder import Recorder
 from service.routes import PathPart, Route, blueprint
 from service.scoring import Scorer
+from service.sessions import Sessions
 from service.settings import ServiceSettings
 from service.store import Kept, Store
 from service.verdicts_api import VerdictPages
@@ -108,8 +111,9 @@ def create_app(
     app = Flask("service", static_folder=None)
     app.url_map.strict_slashes = False
     app.url_map.converters["default"] = PathPart
-    install(app, metrics, keyring, settings.max_request_bytes, local=not settings.allow_remote)
-    groups = _groups(running, settings, metrics)
+    sessions = Sessions(keyring, store.database if store else None, settings.session_hours) if keyring else None
+    install(app, metrics, keyring, settings.max_request_bytes, local=not settings.allow_remote, sessions=sessions)
+    groups = _groups(running, settings, metrics, sessions)
     groups["Health"] = HealthPages(stands, registry).routes()
     described = Described(groups, secured=keyring is not None)
     routes = [*described.routes(), *(route for group in groups.values() for route in group)]
@@ -120,12 +124,20 @@ def create_app(
     return app
 
 
-def _groups(running: Running, settings: ServiceSettings, metrics: Metrics) -> dict[str, list[Route]]:
+def _groups(
+    running: Running, settings: ServiceSettings, metrics: Metrics, sessions: Sessions | None
+) -> dict[str, list[Route]]:
     """All routes of the product, by what they are about."""
-    scores, store = ScorePages(running.scorer, settings, metrics), running.store
-    groups = {"Pictures": scores.routes(), "Models and policies": ModelPages(running.scorer.models, store).routes()}
+    scores, store, models = ScorePages(running.scorer, settings, metrics), running.store, running.scorer.models
+    groups = {
+        "Pictures": scores.routes(),
+        "Models and policies": [*ModelPages(models, store).routes(), *CalibrationPages(models, store).routes()],
+    }
     if store is not None and running.recorder is not None:
-        groups["Verdicts"] = VerdictPages(store, scores.heatmap, running.recorder.flush).routes()
+        verdicts = VerdictPages(store, scores.heatmap, running.recorder.flush, scores.regions)
+        groups["Verdicts"] = verdicts.routes()
+    rules = [route.rule for group in groups.values() for route in group]
+    groups["The page"] = WebPages(sessions, scores.usage, rules).routes()
     return groups
 
 

@@ -19,6 +19,7 @@ from service.errors import Problem
 from service.keys import Keyring
 from service.logs import REQUESTS, told
 from service.metrics import Metrics
+from service.sessions import Sessions
 from service.uploads import discard_body
 
 _log, _requests = logging.getLogger(__name__), logging.getLogger(REQUESTS)
@@ -32,9 +33,17 @@ _REASONS_BY_CODE = {"too_large": "too_large", "rate_limited": "rate_limited", "t
 """Under which reason the refusal of a whole request is counted; the queue's own are counted where they are made."""
 
 
-def install(app: Flask, metrics: Metrics, keyring: Keyring | None, most_bytes: int, local: bool = False) -> None:
+def install(
+    app: Flask,
+    metrics: Metrics,
+    keyring: Keyring | None,
+    most_bytes: int,
+    local: bool = False,
+    sessions: Sessions | None = None,
+) -> None:
     """Number, time and count every request of `app`, ask for its key where there is a keyring, and let no error leave
     it in any other shape than JSON. Without a keyring pages of other sites are kept out; see `guard_pages` for `local`.
+    `sessions`: who is signed in needs no key.
     """
 
     @app.before_request
@@ -44,7 +53,7 @@ def install(app: Flask, metrics: Metrics, keyring: Keyring | None, most_bytes: i
 
     if keyring is None:
         guard_pages(app, local)
-    guard(app, keyring, most_bytes)
+    guard(app, keyring, most_bytes, sessions)
 
     @app.after_request
     def end(response: Response) -> Response:
@@ -54,10 +63,15 @@ def install(app: Flask, metrics: Metrics, keyring: Keyring | None, most_bytes: i
         if _requests.isEnabledFor(logging.INFO):
             _requests.info("answered", extra=_told_of(route, response, seconds))
         response.headers["X-Request-Id"] = g.request_id
-        response.headers["Cache-Control"] = "no-store"
+        response.headers.setdefault("Cache-Control", "no-store")
         response.headers["X-Content-Type-Options"] = "nosniff"
         response.headers.setdefault("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
         response.headers["Referrer-Policy"] = "no-referrer"
+        response.headers["Cross-Origin-Resource-Policy"] = "same-origin"
+        if request.method == "GET" and response.mimetype == "application/json" and response.status_code == 200:
+            # Who asks every few seconds is told so when nothing has changed.
+            response.add_etag(weak=True)
+            response.make_conditional(request)
         if request.is_secure:
             response.headers["Strict-Transport-Security"] = "max-age=31536000"
         return response

@@ -167,6 +167,14 @@ CALIBRATIONS = _decision(
 )
 """`base`: the bundle's version. `scores`: little-endian float64; null: the bundle's own calibration."""
 
+SESSIONS = Table(
+    "sessions",
+    METADATA,
+    Column("digest", String(64), primary_key=True),
+    Column("ends", Double, nullable=False),
+)
+"""Who is signed in on the page: see `sessions.Sessions`. Nothing in it lets anybody in."""
+
 _VERSIONS = Table(
     "schema_version", METADATA, Column("number", Integer, primary_key=True), Column("at", Double, nullable=False)
 )
@@ -183,6 +191,7 @@ def _create(*tables: Table) -> Callable[[Connection], None]:
 STEPS: tuple[Callable[[Connection], None], ...] = (
     _create(VERDICTS, PICTURES, REVIEWS, FEEDBACK, RATES, HISTOGRAMS, WORKERS, AUDIT),
     _create(POLICIES, ACTIVATIONS, CALIBRATIONS),
+    _create(SESSIONS),
 )
 """Step k makes version k of version k - 1. A released one is never changed: a further one adds what a table lacks."""
 

@@ -23,6 +23,7 @@ class ServiceSettings(Spec):
     health_port: int | None = Field(default=None, ge=0, le=65535)
     allow_remote: bool = False
     keys: Path | None = None
+    session_hours: float = Field(default=12.0, gt=0.0, le=8760.0)
     tls_certificate: Path | None = None
     tls_key: Path | None = None
 
