@@ -48,9 +48,7 @@ export function layered({ picture, heat, others = [], alt, fit = "stretch", shap
     controls.append(el("label", {}, shown, ` boxes around what is hot (${found.regions.length})`));
   });
   const side = others.map(([address, caption]) => {
-    const image = el("img", { src: address, alt: caption });
-    if (shape) image.style.aspectRatio = `${shape[0]} / ${shape[1]}`;
-    return el("figure", {}, image, el("figcaption", {}, caption));
+    return el("figure", {}, el("img", { src: address, alt: caption }), el("figcaption", {}, caption));
   });
   return el("div", { class: "picture" }, el("div", { class: "sides" }, el("figure", {}, stack, side.length ? el("figcaption", {}, "picture and heat map") : null), side), controls);
 }

@@ -4,6 +4,7 @@ import { get, send } from "./api.js";
 import { badge, el, figure, fill, find, tell, time } from "./dom.js";
 import { numbers, parts, regions } from "./facts.js";
 import { layered } from "./picture.js";
+import { features } from "./state.js";
 
 const LABELS = { false_alarm: "✕ False alarm", confirmed: "✓ Confirmed", missed: "✓ Missed", normal: "✕ Normal", unclear: "? Unclear" };
 const words = (label) => LABELS[label].slice(2).toLowerCase();
@@ -104,7 +105,7 @@ async function open(id, list) {
         el("button", { type: "button", class: "quiet", click: () => box.close() }, "Close"))),
     el("div", { class: "inside" },
       verdict.has_picture
-        ? layered({ picture: `${place}/image`, heat: `${place}/heatmap`, alt: `What the model saw of ${nameOf(verdict)}`, regions: hot })
+        ? layered({ picture: `${place}/image`, heat: `${place}/heatmap${features.overlay ? "?style=overlay" : ""}`, alt: `What the model saw of ${nameOf(verdict)}`, regions: hot })
         : el("p", { class: "notice" }, "No picture of it is kept; the setting images says of which verdicts one is."),
       el("div", {}, numbers(verdict), judged,
         el("p", { class: "muted" }, time(verdict.at), ` · ${verdict.model} ${verdict.version} · ${verdict.source} · `, el("code", {}, verdict.id)),
