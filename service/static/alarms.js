@@ -3,7 +3,9 @@
 import { get, send } from "./api.js";
 import { asked, count, el, figure, fill, find, percent, tell, time } from "./dom.js";
 import { may } from "./state.js";
+import { examples } from "./verdicts.js";
 
+const MOST = 8;
 const TITLES = { rate: "More outliers than expected", shift: "Most pictures have moved" };
 let before;
 
@@ -29,14 +31,14 @@ function alarmed(alarm) {
       wrong.textContent = error.message;
     }
   };
-  const examples = (alarm.examples ?? []).slice(0, 8).map((id) => el("img", { src: `v1/verdicts/${id}/image`, alt: "an example", width: "72", height: "72",
-    error: (event) => event.currentTarget.remove() }));
+  const shown = el("p", { class: "examples" });
+  examples(alarm.examples.slice(0, MOST)).then((found) => fill(shown, found));
   return el("article", { class: "alarm", "data-id": alarm.id },
     el("div", { class: "heading" }, el("h2", {}, `▲ ${TITLES[alarm.kind] ?? alarm.kind}`),
       may("admin") ? el("button", { type: "button", class: "quiet", click: acknowledge }, "Acknowledge") : null),
     el("p", {}, alarm.message),
     el("p", { class: "muted" }, `${alarm.model} ${alarm.version} · source ${alarm.source}`, alarm.since ? [" · raised ", time(alarm.since)] : null),
-    figures(alarm), examples.length ? el("p", { class: "examples" }, examples) : null, wrong);
+    figures(alarm), shown, wrong);
 }
 
 export async function showAlarms() {

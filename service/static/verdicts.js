@@ -82,6 +82,15 @@ export class Cards {
   }
 }
 
+/** Small pictures of some verdicts, as far as they are kept; each opens its own. */
+export async function examples(ids) {
+  const asked = await Promise.allSettled(ids.map((id) => get(`v1/verdicts/${id}`)));
+  const verdicts = asked.filter((one) => one.status === "fulfilled").map((one) => one.value);
+  const list = { verdicts, changed: (now) => { list.verdicts = list.verdicts.map((one) => (one.id === now.id ? now : one)); } };
+  return verdicts.filter((one) => one.has_picture).map((one) => el("button", { type: "button", class: "example", "aria-label": `Show ${nameOf(one)}`,
+    click: () => open(one.id, list) }, el("img", { src: `v1/verdicts/${one.id}/image`, alt: "", width: "72", height: "72" })));
+}
+
 /** Show one verdict in full; its neighbours in `list` are a key away. */
 async function open(id, list) {
   const box = find("viewer");
