@@ -357,6 +357,36 @@ class Audit(Reply):
     next: int | None
 
 
+class ScoreCounts(Reply):
+    """Scores counted between `edges` (one more than bins): the normals of the calibration and the last verdicts.
+
+    Scores beyond the edges count in the first or the last bin. `threshold`: null where p-values decide.
+    """
+
+    version: str
+    edges: list[float]
+    calibration: list[Count]
+    recent: list[Count]
+    threshold: float | None
+
+
+class Session(Reply):
+    """Who is signed in on the page: `key` names the key, None for nobody. `needed`: whether keys are asked for."""
+
+    needed: bool
+    key: str | None
+    role: Literal["score", "read", "admin"] | None
+    ends: datetime | None
+
+
+class VerdictRegions(Reply):
+    """Boxes around what is hot, in pixels of the kept picture; `width` and `height` are its own."""
+
+    width: Count
+    height: Count
+    regions: list[Region]
+
+
 class Live(Reply):
     """The process lives."""
 

@@ -4,7 +4,7 @@ import base64
 import time
 from collections.abc import Sequence
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flask import Response, g, request
 from sqlalchemy import RowMapping
@@ -19,12 +19,16 @@ from service.edge import failure
 from service.errors import Problem
 from service.keys import Role
 from service.metrics import Metrics
+from service.models import Served
 from service.options import Options
 from service.routes import Route
 from service.scoring import Asked, Scorer, Verdict
 from service.settings import ServiceSettings
 from service.streaming import Archives
 from service.uploads import Upload, peek, read_body, uploads
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_DEADLINE_MS = 600_000
 TAKES = ("image/*", "multipart/form-data", "application/zip", "application/x-tar", "application/gzip")
@@ -42,22 +46,22 @@ more unusual). Header X-Deadline-Ms bounds the wait. Also here: /docs /openapi.j
 
 
 class ScorePages:
-    """`POST /v1/score`, and a page of plain text for people."""
+    """`POST /v1/score`, and what the pages on kept verdicts ask of the models."""
 
     def __init__(self, scorer: Scorer, settings: ServiceSettings, metrics: Metrics) -> None:
         self._scorer, self._settings, self._metrics = scorer, settings, metrics
         self._archives = Archives(scorer, settings, metrics)
 
     def routes(self) -> list[Route]:
-        """Both of them."""
+        """That one."""
         lines = ("application/x-ndjson",)
         return [
-            Route("GET", "/", None, self.usage, "What there is, for people", ("text/plain",)),
             Route("POST", "/v1/score", Role.SCORE, self.score, "Score pictures", Scores, ScoreWanted, more=lines,
                   takes=TAKES, codes=FOR_PICTURES),
         ]  # fmt: skip
 
     def usage(self) -> Response:
+        """A page of plain text for people."""
         return Response(USAGE.format(url=request.url_root, **self._scorer.models.pick().shown), mimetype="text/plain")
 
     def score(self) -> Response:
@@ -79,10 +83,19 @@ class ScorePages:
 
     def heatmap(self, row: RowMapping, png: bytes) -> bytes:
         """That of a kept verdict, by the version that made it, whatever normals rank it now; raises `Problem`."""
+        served, seen = self._seen(row, png)
+        return self._scorer.heatmap(served, seen, g.started + self._settings.deadline_ms / 1000)
+
+    def regions(self, row: RowMapping, png: bytes) -> dict[str, Any]:
+        """What is hot in its kept picture, as `heatmap`."""
+        served, seen = self._seen(row, png)
+        found = self._scorer.regions(served, seen, png, g.started + self._settings.deadline_ms / 1000)
+        return {"width": seen.shape[2], "height": seen.shape[1], "regions": found}
+
+    def _seen(self, row: RowMapping, png: bytes) -> tuple[Served, "Tensor"]:
         served = self._scorer.models.that_scored(row["model"], row["version"])
         image = served.detector.image
-        seen = decode(png, ImageSpec(height=image.height, width=image.width, channels=image.channels))
-        return self._scorer.heatmap(served, seen, g.started + self._settings.deadline_ms / 1000)
+        return served, decode(png, ImageSpec(height=image.height, width=image.width, channels=image.channels))
 
 
 def _scored(model: dict[str, str], files: Sequence[Upload], outcomes: Sequence[Verdict | Problem]) -> Response:

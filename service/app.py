@@ -17,6 +17,7 @@ from anomaly_vae import Detector, Engine
 from service.alarms_api import AlarmPages
 from service.allowance import Allowance
 from service.api import ScorePages
+from service.calibration_api import CalibrationPages
 from service.edge import install
 from service.front import Front
 from service.health import HealthPages, Readiness
@@ -26,10 +27,12 @@ from service.metrics import Metrics
 from service.models import Models, Served
 from service.models_api import ModelPages
 from service.openapi import Described
+from service.pages import WebPages
 from service.quick import Quick
 from service.recorder import Recorder
 from service.routes import PathPart, Route, blueprint
 from service.scoring import Scorer
+from service.sessions import Sessions
 from service.settings import ServiceSettings
 from service.store import Kept, Store
 from service.verdicts_api import VerdictPages
@@ -117,10 +120,11 @@ def create_app(
     app = Flask("service", static_folder=None)
     app.url_map.strict_slashes = False
     app.url_map.converters["default"] = PathPart
-    allowance = Allowance()
-    install(app, metrics, keyring, settings.max_request_bytes, allowance, local=not settings.allow_remote)
+    allowance, local = Allowance(), not settings.allow_remote
+    sessions = Sessions(keyring, store.database if store else None, settings.session_hours) if keyring else None
+    install(app, metrics, keyring, settings.max_request_bytes, allowance, local=local, sessions=sessions)
     quick = Quick(scorer, settings, metrics, keyring, allowance)
-    groups = _groups(running, settings, metrics, watching)
+    groups = _groups(running, settings, metrics, watching, sessions)
     groups["Health"] = HealthPages(stands, registry).routes()
     described = Described(groups, secured=keyring is not None)
     routes = [*described.routes(), *(route for group in groups.values() for route in group)]
@@ -140,15 +144,25 @@ def _tell(metrics: Metrics, served: Served, sources: Iterable[str]) -> None:
 
 
 def _groups(
-    running: Running, settings: ServiceSettings, metrics: Metrics, watching: Watching | None
+    running: Running,
+    settings: ServiceSettings,
+    metrics: Metrics,
+    watching: Watching | None,
+    sessions: Sessions | None,
 ) -> dict[str, list[Route]]:
     """All routes of the product, by what they are about."""
-    scores, store = ScorePages(running.scorer, settings, metrics), running.store
-    groups = {"Pictures": scores.routes(), "Models and policies": ModelPages(running.scorer.models, store).routes()}
+    scores, store, models = ScorePages(running.scorer, settings, metrics), running.store, running.scorer.models
+    groups = {
+        "Pictures": scores.routes(),
+        "Models and policies": [*ModelPages(models, store).routes(), *CalibrationPages(models, store).routes()],
+    }
     if store is not None and running.recorder is not None:
-        groups["Verdicts"] = VerdictPages(store, scores.heatmap, running.recorder.flush).routes()
+        verdicts = VerdictPages(store, scores.heatmap, running.recorder.flush, scores.regions)
+        groups["Verdicts"] = verdicts.routes()
     if watching is not None:
         groups["Alarms"] = AlarmPages(watching.alarms).routes()
+    rules = [route.rule for group in groups.values() for route in group]
+    groups["The page"] = WebPages(sessions, scores.usage, rules).routes()
     return groups
 
 

@@ -31,6 +31,7 @@ CODES: dict[str, Code] = {
     # Keys
     "no_key": Code(HTTPStatus.UNAUTHORIZED, "Send the header Authorization: Bearer KEY."),
     "bad_key": Code(HTTPStatus.UNAUTHORIZED, "Ask whoever runs the service for a new key."),
+    "session_over": Code(HTTPStatus.UNAUTHORIZED, "Sign in again on the page, or send a key."),
     "cross_site": Code(HTTPStatus.FORBIDDEN, "Make keys, and send one; or ask from the service's own pages."),
     "unknown_host": Code(HTTPStatus.FORBIDDEN, "Call the service localhost, or start it with keys or allow_remote."),
     "forbidden": Code(HTTPStatus.FORBIDDEN, "Use a key with the role that the message names."),
@@ -102,6 +103,6 @@ FOR_PICTURES = (
     "too_many_entries", "expands_too_much", "too_many_archives", "no_room", "bad_deadline", "alpha_not_supported",
     "unknown_model", "bad_content_length", "incomplete_body",
 )  # fmt: skip
-FOR_KEYS = ("no_key", "bad_key", "forbidden", "rate_limited", "too_many_bytes")
+FOR_KEYS = ("no_key", "bad_key", "session_over", "forbidden", "cross_site", "rate_limited", "too_many_bytes")
 FOR_QUERIES = ("bad_parameter", "unknown_parameter")
 FOR_BODIES = ("bad_json", "bad_parameter", "too_large", "bad_content_length", "incomplete_body")

@@ -42,6 +42,8 @@ _PATHS = {
     "model": ("A model's name", {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"}),
     "verdict": ("The id that its answer gave", {"type": "string", "pattern": "^[0-7][0-9a-f]{15}$"}),
     "alarm": ("Its id in GET /v1/alarms", {"type": "string", "pattern": "^[0-9a-f]{16}$"}),
+    "digest": ("Of all files of the page together", {"type": "string", "pattern": "^[0-9a-f]{16}$"}),
+    "file": ("A file's name", {"type": "string"}),
 }
 
 

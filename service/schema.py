@@ -185,6 +185,14 @@ ALARMS = Table(
 """What the alarms have seen of each stream. `rate`, `shift`, `examples`: JSON; `sums`: little-endian int32. The
 moments of raising are in seconds since 1970."""
 
+SESSIONS = Table(
+    "sessions",
+    METADATA,
+    Column("digest", String(64), primary_key=True),
+    Column("ends", Double, nullable=False),
+)
+"""Who is signed in on the page: see `sessions.Sessions`. Nothing in it lets anybody in."""
+
 _VERSIONS = Table(
     "schema_version", METADATA, Column("number", Integer, primary_key=True), Column("at", Double, nullable=False)
 )
@@ -202,6 +210,7 @@ STEPS: tuple[Callable[[Connection], None], ...] = (
     _create(VERDICTS, PICTURES, REVIEWS, FEEDBACK, RATES, HISTOGRAMS, WORKERS, AUDIT),
     _create(POLICIES, ACTIVATIONS, CALIBRATIONS),
     _create(ALARMS),
+    _create(SESSIONS),
 )
 """Step k makes version k of version k - 1. A released one is never changed: a further one adds what a table lacks."""
 

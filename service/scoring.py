@@ -162,6 +162,15 @@ class Scorer:
 
     def heatmap(self, served: Served, image: "Tensor", deadline: float) -> bytes:
         """PNG of the heat map of a uint8 (C, H, W) picture that the model has seen before; raises `Problem`."""
+        return _drawn(*self._looked_at(served, image, deadline))
+
+    def regions(self, served: Served, image: "Tensor", png: bytes, deadline: float) -> list[dict[str, Any]]:
+        """What is hot in such a picture, in pixels of `png`, which shows it; raises `Problem`."""
+        scored, _ = self._looked_at(served, image, deadline)
+        assert scored.heat is not None
+        return regions_json(scored.heat, served.detector.image, png)
+
+    def _looked_at(self, served: Served, image: "Tensor", deadline: float) -> tuple[Scored, Ticket]:
         try:
             with self._batcher.reserve(1, deadline=deadline) as place:
                 ticket = place.submit(image, served.target, heatmap=True)
@@ -170,7 +179,7 @@ class Scorer:
             raise refused(refusal) from None
         except NotScored as failure:
             raise failed(failure) from None
-        return _drawn(scored, ticket)
+        return scored, ticket
 
     def verdicts(self) -> int:
         """How many pictures this process has scored."""

@@ -25,6 +25,7 @@ class ServiceSettings(Spec):
     allow_remote: bool = False
     trusted_proxies: int = Field(default=0, ge=0, le=16)
     keys: Path | None = None
+    session_hours: float = Field(default=12.0, gt=0.0, le=8760.0)
     tls_certificate: Path | None = None
     tls_key: Path | None = None
 

@@ -99,8 +99,15 @@ def test_every_answer_is_as_the_document_says(server, document, digits_folder):
     ask("GET", "/v1/rates?since=0001-01-01T00:00:00Z&until=9999-12-31T23:59:59-12:00", 400)
     ask("GET", "/v1/rates?since=2026-01-01&until=2026-02-01T00:00:00-12:00", 200)
     one = f"/v1/verdicts/{odd}"
-    for path in (one, f"{one}/image", f"{one}/heatmap"):
+    for path in (one, f"{one}/image", f"{one}/heatmap", f"{one}/regions", "/v1/models/tiny/calibration"):
         ask("GET", path, 200)
+    own = {"headers": {"X-Asked-By": "page"}}
+    page = httpx.get(server.url, headers={"Accept": "text/html"}).text
+    ask("GET", "/" + re.search(r"static/[0-9a-f]+/page.js", page)[0], 200)
+    ask("GET", "/v1/session", 200)
+    ask("POST", "/v1/session", 200, json={"key": "any"}, **own)
+    ask("DELETE", "/v1/session", 200, **own)
+    ask("DELETE", "/v1/session", 403)
     ask("POST", "/v1/feedback", 200, json={"verdict": odd, "label": "confirmed"})
     ask("GET", one, 200)
     ask("POST", "/v1/feedback", 409, json={"verdict": odd, "label": "missed"})
