@@ -48,7 +48,7 @@ types: .venv/.installed-dev
 	$(BIN)/mypy
 
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # Outside the clone: what the wheel lacks is then missed.
 wheel-check: .venv/.installed-dev

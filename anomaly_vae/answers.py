@@ -302,6 +302,42 @@ class ReviewPage(Reply):
     verdicts: list[ToReview]
 
 
+class Alarm(Reply):
+    """Whether a source's stream still looks as calibration did. `rate`: more outliers; `shift`: most pictures moved.
+
+    `since`: when it was raised. `limit`: of `evidence` (rate), or of `effect` (shift: from -1 to 1, in `part`).
+    `images`: how many it rests on. `tolerated_rate`: of outliers, explained by calibration and the source's base rate;
+    `recent_rate`: since evidence began to grow. `promised`: whether the bound on false alarms is proven.
+    """
+
+    id: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+    model: str
+    version: str
+    source: str
+    kind: Literal["rate", "shift"]
+    raised: bool
+    since: datetime | None
+    evidence: float | None
+    limit: float
+    observed_rate: Share | None
+    expected_rate: Share
+    tolerated_rate: Share
+    recent_rate: Share | None
+    images: Count
+    recent_images: Count
+    promised: bool
+    part: str | None
+    effect: float | None
+    message: str
+    examples: list[VerdictId]
+
+
+class AlarmList(Reply):
+    """Both alarms of each source whose pictures the active versions have judged."""
+
+    alarms: list[Alarm]
+
+
 class Change(Reply):
     """What somebody changed."""
 
@@ -319,6 +355,36 @@ class Audit(Reply):
 
     changes: list[Change]
     next: int | None
+
+
+class ScoreCounts(Reply):
+    """Scores counted between `edges` (one more than bins): the normals of the calibration and the last verdicts.
+
+    Scores beyond the edges count in the first or the last bin. `threshold`: null where p-values decide.
+    """
+
+    version: str
+    edges: list[float]
+    calibration: list[Count]
+    recent: list[Count]
+    threshold: float | None
+
+
+class Session(Reply):
+    """Who is signed in on the page: `key` names the key, None for nobody. `needed`: whether keys are asked for."""
+
+    needed: bool
+    key: str | None
+    role: Literal["score", "read", "admin"] | None
+    ends: datetime | None
+
+
+class VerdictRegions(Reply):
+    """Boxes around what is hot, in pixels of the kept picture; `width` and `height` are its own."""
+
+    width: Count
+    height: Count
+    regions: list[Region]
 
 
 class Live(Reply):

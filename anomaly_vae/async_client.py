@@ -4,10 +4,13 @@ import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Self, TypeVar
+from urllib.parse import quote
 
 import httpx
 
 from anomaly_vae.answers import (
+    Alarm,
+    AlarmList,
     Audit,
     Change,
     Forgotten,
@@ -274,6 +277,14 @@ class AsyncClient(Connected[httpx.AsyncClient]):
     async def review(self, model: str | None = None, limit: int = 20) -> list[ToReview]:
         """Pictures to look at, drawn by chance."""
         return (await self._do(get("/v1/review", ReviewPage, {"model": model, "limit": limit}))).verdicts
+
+    async def alarms(self) -> list[Alarm]:
+        """Whether each source's stream still looks as calibration did: both alarms of each."""
+        return (await self._do(get("/v1/alarms", AlarmList))).alarms
+
+    async def acknowledge(self, alarm: str) -> Alarm:
+        """Begin a raised alarm anew."""
+        return await self._do(post(f"/v1/alarms/{quote(alarm, safe='')}:acknowledge", Alarm))
 
     async def audit(self, limit: int | None = None) -> AsyncIterator[Change]:
         """Who changed what, the newest first: all, or `limit` of them."""

@@ -8,10 +8,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
+from urllib.parse import quote
 
 import httpx
 
 from anomaly_vae.answers import (
+    Alarm,
+    AlarmList,
     Audit,
     Change,
     Forgotten,
@@ -324,6 +327,14 @@ class Client(Connected[httpx.Client]):
     def review(self, model: str | None = None, limit: int = 20) -> list[ToReview]:
         """Pictures to look at, drawn by chance."""
         return self._do(get("/v1/review", ReviewPage, {"model": model, "limit": limit})).verdicts
+
+    def alarms(self) -> list[Alarm]:
+        """Whether each source's stream still looks as calibration did: both alarms of each."""
+        return self._do(get("/v1/alarms", AlarmList)).alarms
+
+    def acknowledge(self, alarm: str) -> Alarm:
+        """Begin a raised alarm anew."""
+        return self._do(post(f"/v1/alarms/{quote(alarm, safe='')}:acknowledge", Alarm))
 
     def audit(self, limit: int | None = None) -> Iterator[Change]:
         """Who changed what, the newest first: all, or `limit` of them."""

@@ -35,16 +35,22 @@ float32 score may move with its batch. Measured on one thread are differences of
 
 
 class Scoring(nn.Module):
-    """All scores of some experts beside one another: uint8 images as the models see them -> float64 (B, columns)."""
+    """All scores of some experts beside one another: uint8 images as the models see them -> float64 (B, columns).
 
-    def __init__(self, experts: Sequence[Expert]) -> None:
+    The last columns are the `latents` of the first one's code.
+    """
+
+    def __init__(self, experts: Sequence[Expert], latents: Sequence[int] = ()) -> None:
         super().__init__()
-        self.experts = tuple(experts)
+        self.experts, self.latents = tuple(experts), list(latents)
         self.models = nn.ModuleList(expert.model for expert in experts)
 
     def forward(self, images: Tensor) -> Tensor:
         """Scores of images (B, C, H, W)."""
-        return torch.cat([expert.columns(images) for expert in self.experts], 1)
+        first, *others = self.experts
+        columns, code = first.columns_and_code(images)
+        watched = [code[:, self.latents].double()] if self.latents else []
+        return torch.cat([columns, *(expert.columns(images) for expert in others), *watched], 1)
 
 
 def recorded(detector: Detector) -> Detector:
@@ -53,7 +59,9 @@ def recorded(detector: Detector) -> Detector:
         return detector
     with torch.inference_mode():
         pictures = examples(detector, 1 + AT_ONCE + _RECORDED)
-        return detector.scored_by([_recorded(member, pictures) for member in detector.members])
+        latents = [detector.watched, *[()] * (len(detector.members) - 1)]
+        pairs = zip(detector.members, latents, strict=True)
+        return detector.scored_by([_recorded(member, pictures, watched) for member, watched in pairs])
 
 
 def examples(detector: Detector, count: int) -> Tensor:
@@ -72,9 +80,9 @@ def examples(detector: Detector, count: int) -> Tensor:
     return found
 
 
-def _recorded(member: Member, pictures: Tensor) -> Member:
+def _recorded(member: Member, pictures: Tensor, latents: Sequence[int]) -> Member:
     experts = [expert for of_kind in member.experts.values() for expert in of_kind]
-    scoring = Scoring(experts) if member.native is None else member.native.columns
+    scoring = Scoring(experts, latents) if member.native is None else member.native.columns
     if not isinstance(scoring, Scoring):
         return member
     playing = _recording(scoring.eval(), pictures)
@@ -99,11 +107,14 @@ def _recording(scoring: Scoring, pictures: Tensor) -> Callable[[Tensor], Tensor]
 
 
 def _agree(scoring: Scoring, playing: Callable[[Tensor], Tensor], images: Tensor) -> bool:
-    sizes = [len(expert.spec.columns) for expert in scoring.experts]
+    sizes = [*(len(expert.spec.columns) for expert in scoring.experts), len(scoring.latents)]
     expected = torch.split(scoring(images), sizes, 1)
     # The first call of a recording only watches; from the second on it is what will serve.
     for played in (playing(images), playing(images)):
-        for expert, ours, theirs in zip(scoring.experts, torch.split(played, sizes, 1), expected, strict=True):
+        *columns, code = torch.split(played, sizes, 1)
+        if not torch.allclose(code, expected[-1], rtol=_AGREEMENT, atol=_AGREEMENT):
+            return False
+        for expert, ours, theirs in zip(scoring.experts, columns, expected[:-1], strict=True):
             z, wanted = expert.standing(ours.numpy()), expert.standing(theirs.numpy())
             if not np.allclose(z, wanted, rtol=_AGREEMENT, atol=_AGREEMENT, equal_nan=True):
                 return False

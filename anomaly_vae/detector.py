@@ -20,6 +20,7 @@ from torch import Tensor
 
 from anomaly_vae.bundle import MANIFEST, Bundle, read_bundle, write_bundle
 from anomaly_vae.calibration import Calibration, Mode, rank_allowed
+from anomaly_vae.drift import SCORE, Reference, latent_name
 from anomaly_vae.errors import BundleError, ConfigError
 from anomaly_vae.expert import Batch
 from anomaly_vae.images import ImageSpec, decode, inside, masked
@@ -62,7 +63,8 @@ class Judgement:
     """Verdicts of a batch, as columns. Higher scores and smaller p-values are more anomalous.
 
     `parts`: every score by name, in its own unit. `heat`: (B, H, W) or None, in a unit that 99.5% of the pixels
-    of normal images do not exceed; `heat_scale` is the heat to paint brightest.
+    of normal images do not exceed; `heat_scale` is the heat to paint brightest. `latents`: (B, n), those that
+    `Detector.watched` names, or None.
     """
 
     score: list[float]
@@ -73,6 +75,7 @@ class Judgement:
     heat_scale: float
     policy: Policy
     version: str
+    latents: Floats | None = None
 
     def __len__(self) -> int:
         return len(self.score)
@@ -123,6 +126,7 @@ class Detector:
         self.probes: Batch | None = None
         self.normals: Normals | None = None
         self.calibrated_at: float | None = None
+        self.ranked_anew = False
 
     @property
     def device(self) -> torch.device:
@@ -152,7 +156,7 @@ class Detector:
         content = hashlib.sha256(self.version.encode() + calibration.scores[0].astype("<f8").tobytes())
         version = content.hexdigest()[:12]
         other = self._as(policy, version)
-        other.calibration, other.calibrated_at = calibration, at
+        other.calibration, other.calibrated_at, other.ranked_anew = calibration, at, True
         return other
 
     def _as(self, policy: Policy, version: str) -> "Detector":
@@ -197,6 +201,23 @@ class Detector:
         return self.normals.explanations(self.members[0], masked(images, self.image), parts)
 
     @property
+    def watched(self) -> tuple[int, ...]:
+        """The latents of the first model that `Judgement.latents` tells, for a watch over drift."""
+        return () if self.normals is None else self.normals.widest
+
+    def reference(self) -> Reference:
+        """What calibration pictures' score, parts and watched latents were, for a `ShiftAlarm`.
+
+        The score alone where the bundle keeps no more, and after `recalibrated`: of the new normals nothing else is
+        known.
+        """
+        values: dict[str, npt.ArrayLike] = {SCORE: np.concatenate(self.calibration.scores)}
+        if self.normals is not None and not self.ranked_anew:
+            values |= zip(self.spec.parts, self.normals.parts.T, strict=True)
+            values |= {latent_name(i): self.normals.codes[:, i] for i in self.watched}
+        return Reference(values)
+
+    @property
     def wants_classes(self) -> bool:
         """Whether `judge` must be told the class of every image."""
         condition = self.spec.model.condition
@@ -223,7 +244,10 @@ class Detector:
 
     def _judge(self, batch: Batch, heat: bool) -> Judgement:
         batch = batch._replace(images=masked(batch.images, self.image))
-        opinions = [member.judge(self.spec, batch, heat) for member in self.members]
+        watched = [self.watched, *[()] * (len(self.members) - 1)]
+        opinions = [
+            member.judge(self.spec, batch, heat, latents) for member, latents in zip(self.members, watched, strict=True)
+        ]
         verdicts = [one.score for one in opinions]
         heats = [one.heat for one in opinions if one.heat is not None]
         ranked = np.stack(verdicts, 1) if self.calibration.crossed else np.mean(verdicts, 0)
@@ -238,6 +262,7 @@ class Detector:
             heat_scale=HEAT_FULL,
             policy=self.policy,
             version=self.version,
+            latents=opinions[0].code,
         )
 
     def _counting(self, heat: Tensor) -> Tensor:

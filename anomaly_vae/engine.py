@@ -34,10 +34,14 @@ class Engine:
         self.max_batch = max_batch
 
     def warm(self) -> None:
-        """Record the scores as native calls, and judge one blank batch of every size, so that no user waits for it."""
+        """Record the scores as native calls, and judge blank batches of every size, so that no user waits for it.
+
+        A CPU gains nothing from sizes between the smallest and the largest.
+        """
         self.detector = recorded(self.detector)
         image = self.detector.image
-        for size in self._buckets():
+        sizes = list(self._buckets())
+        for size in sizes if self.device.type != "cpu" else sorted({sizes[0], sizes[-1]}):
             blank = torch.zeros((size, image.channels, image.height, image.width), dtype=torch.uint8)
             condition = self.detector.spec.model.condition
             classes = [condition.classes[0]] * size if condition and self.detector.wants_classes else None
@@ -106,11 +110,13 @@ def _first(judged: Judgement, count: int) -> Judgement:
         outlier=judged.outlier[:count],
         parts={name: column[:count] for name, column in judged.parts.items()},
         heat=None if judged.heat is None else judged.heat[:count],
+        latents=None if judged.latents is None else judged.latents[:count],
     )
 
 
 def _joined(pieces: list[Judgement]) -> Judgement:
     heats = [piece.heat for piece in pieces if piece.heat is not None]
+    latents = [piece.latents for piece in pieces if piece.latents is not None]
     return replace(
         pieces[0],
         score=[value for piece in pieces for value in piece.score],
@@ -118,4 +124,5 @@ def _joined(pieces: list[Judgement]) -> Judgement:
         outlier=[value for piece in pieces for value in piece.outlier],
         parts={name: [value for piece in pieces for value in piece.parts[name]] for name in pieces[0].parts},
         heat=np.concatenate(heats) if heats else None,
+        latents=np.concatenate(latents) if latents else None,
     )

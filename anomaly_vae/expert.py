@@ -63,11 +63,15 @@ class References:
 
 
 class Seeing(NamedTuple):
-    """What an expert says of a batch: `columns` (B, scores), `z` (B, fused scores), `heat` (B, H, W) or None."""
+    """What an expert says of a batch: `columns` (B, scores), `z` (B, fused scores), `heat` (B, H, W) or None.
+
+    `code`: the posterior means (B, D), where the model was asked.
+    """
 
     columns: Floats
     z: Floats
     heat: Tensor | None
+    code: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,12 @@ class Expert:
 
     def columns(self, images: Tensor) -> Tensor:
         """All scores of uint8 images (B, C, H, W) whose class nobody tells, float64 (B, scores), on their device."""
-        return _measured(self.spec, Batch(images).seen_by(self.model), self.references.of_scores)
+        return self.columns_and_code(images)[0]
+
+    def columns_and_code(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and the posterior means (B, D)."""
+        seen = Batch(images).seen_by(self.model)
+        return _measured(self.spec, seen, self.references.of_scores), seen.code.flatten(1)
 
     def judge(self, batch: Batch, blur: float | None, given: Floats | None = None) -> Seeing:
         """Scores of images, and with a `blur` (share of the shorter side) their heat at the images' own resolution.
@@ -125,7 +134,7 @@ class Expert:
             maps = _maps(self.spec, seen, self.references.of_scores, blur)
             scales = torch.from_numpy(self.references.heat_scales).to(maps)
             heat = enlarged(compressed(maps / scales[:, None, None]).mean(1), batch.images)
-        return Seeing(columns, self._standardised(columns), heat)
+        return Seeing(columns, self._standardised(columns), heat, seen.code.flatten(1))
 
     def standing(self, columns: Floats) -> Floats:
         """Where scores (B, scores) stand among those of normals, as z of the same shape."""

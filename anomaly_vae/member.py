@@ -27,17 +27,22 @@ _TILES_AT_ONCE = 32
 
 
 class Opinion(NamedTuple):
-    """What a member says of a batch: `columns` (B, parts), the verdict's `score` (B,), `heat` (B, H, W) or None."""
+    """What a member says of a batch: `columns` (B, parts), the verdict's `score` (B,), `heat` (B, H, W) or None.
+
+    `code`: the latents (B, n) that were asked for.
+    """
 
     columns: Floats
     score: Floats
     heat: Tensor | None
+    code: Floats | None = None
 
 
 class Native(NamedTuple):
     """Scores of all experts of a member at once, in their order: uint8 images as the models see them -> (B, columns).
 
-    `exact`: they are the experts' own, so that these may tell them where they are asked for heat anyway.
+    `exact`: they are the experts' own, so that these may tell them where they are asked for heat anyway. Columns after
+    those of the scores are the watched latents.
     """
 
     columns: Callable[[Tensor], Tensor]
@@ -82,10 +87,10 @@ class Member:
         for experts in self.experts.values():
             yield from (expert.model for expert in experts)
 
-    def judge(self, spec: DetectorSpec, batch: Batch, heat: bool = False) -> Opinion:
-        """Scores, and the one the verdict goes by, of a batch of whole pictures."""
+    def judge(self, spec: DetectorSpec, batch: Batch, heat: bool = False, latents: Sequence[int] = ()) -> Opinion:
+        """Scores, and the one the verdict goes by, of a batch of whole pictures; `latents` of the first model."""
         if spec.tiling is None:
-            return self._judge(spec, batch, heat)
+            return self._judge(spec, batch, heat, latents)
         # One by one: a picture's tiles are judged in the same company whatever other pictures there are.
         tiled = [self._judge_tiles(spec, spec.tiling, image, heat) for image in batch.images]
         heats = [one.heat for one in tiled if one.heat is not None]
@@ -99,15 +104,17 @@ class Member:
         columns, score = (np.concatenate(values) for values in zip(*(one[:2] for one in parts), strict=True))
         return Opinion(columns.max(0), score.max(0), tiling.stitch(torch.cat(heats)) if heats else None)
 
-    def _judge(self, spec: DetectorSpec, batch: Batch, heat: bool) -> Opinion:
+    def _judge(self, spec: DetectorSpec, batch: Batch, heat: bool, latents: Sequence[int] = ()) -> Opinion:
         """As `judge`, of what the models see."""
-        mapped, known = self._finest() if heat else set(), self._known(batch, heat)
-        seen = {
-            name: _averaged(
-                [expert.judge(batch, spec.heat_blur if name in mapped else None, next(known)) for expert in experts]
-            )
+        mapped, (known, code) = self._finest() if heat else set(), self._known(batch, heat)
+        of_experts = {
+            name: [expert.judge(batch, spec.heat_blur if name in mapped else None, next(known)) for expert in experts]
             for name, experts in self.experts.items()
         }
+        seen = {name: _averaged(one) for name, one in of_experts.items()}
+        first = of_experts[""][0].code
+        if latents and first is not None:
+            code = first[:, list(latents)].double().cpu().numpy()
         columns = np.concatenate([one.columns for one in seen.values()], 1)
         heats = [one.heat for one in seen.values() if one.heat is not None]
         if spec.verdict == FUSED:
@@ -115,14 +122,17 @@ class Member:
             score = np.max(np.stack(of_kind, 1), 1)
         else:
             score = columns[:, spec.parts.index(spec.verdict)]
-        return Opinion(columns, score, torch.stack(heats).mean(0) if heats else None)
+        return Opinion(columns, score, torch.stack(heats).mean(0) if heats else None, code if latents else None)
 
-    def _known(self, batch: Batch, heat: bool) -> Iterator[Floats | None]:
-        """The scores of one expert after the other, where there is a native way to them; else None for each."""
+    def _known(self, batch: Batch, heat: bool) -> tuple[Iterator[Floats | None], Floats | None]:
+        """The scores of one expert after the other, and the watched latents, where there is a native way to them; else
+        None for each."""
         if self.native is None or (heat and self.native.exact):
-            return itertools.repeat(None)
+            return itertools.repeat(None), None
         sizes = [len(expert.spec.columns) for of_kind in self.experts.values() for expert in of_kind]
-        return (columns.cpu().numpy() for columns in torch.split(self.native.columns(batch.images), sizes, 1))
+        found = self.native.columns(batch.images)
+        *scores, code = torch.split(found, [*sizes, found.shape[1] - sum(sizes)], 1)
+        return (columns.cpu().numpy() for columns in scores), code.cpu().numpy()
 
     def _finest(self) -> set[str]:
         """The kinds that see pictures at the finest resolution: another's map would only blur theirs."""

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from anomaly_vae.drift import widest
 from anomaly_vae.member import Batch, Member
 from anomaly_vae.recipe import DetectorSpec
 
@@ -45,6 +47,11 @@ class Normals:
         most = min(MOST, len(codes), max(1, _CODE_NUMBERS // codes.shape[1]))
         chosen = np.linspace(0, len(codes) - 1, most).astype(int)
         return cls(kept, codes[chosen], tuple(names[i] for i in chosen))
+
+    @cached_property
+    def widest(self) -> tuple[int, ...]:
+        """The latents to watch: see `drift.widest`."""
+        return widest(self.codes)
 
     def explanations(
         self, member: Member, images: Tensor, parts: Mapping[str, Sequence[float]]

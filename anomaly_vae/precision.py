@@ -7,6 +7,7 @@ How far it moves scores is measured at every load, on the bundle's probes; where
 or there are none, bfloat16 is refused.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -51,7 +52,7 @@ def in_bfloat16(detector: Detector) -> Detector:
         raise _refused("a detector that must be told classes computes in float32 only")
     if detector.probes is None or len(detector.probes.images) < _PROBES:
         raise _refused(f"the bundle keeps fewer than {_PROBES} probe images to measure by; train it with probes: 32")
-    members = [_low(member) for member in detector.members]
+    members = [_low(member, () if i else detector.watched) for i, member in enumerate(detector.members)]
     if members[0].native is None:
         raise _refused("its networks have no inner convolutions, which are all that would gain by it")
     moved = max(_moved(detector, i, member) for i, member in enumerate(members))
@@ -64,14 +65,14 @@ def _refused(reason: str) -> ConfigError:
     return ConfigError(f"precision bfloat16: {reason}; set precision=float32, or auto to have it where it can be")
 
 
-def _low(member: Member) -> Member:
+def _low(member: Member, latents: Sequence[int]) -> Member:
     experts = [expert for of_kind in member.experts.values() for expert in of_kind]
     models = [lowered(expert.model) for expert in experts]
     if not any(models):
         return replace(member, native=None)
     pairs = zip(experts, models, strict=True)
     low = [expert if model is None else replace(expert, model=model) for expert, model in pairs]
-    return replace(member, native=Native(Scoring(low).eval(), exact=False))
+    return replace(member, native=Native(Scoring(low, latents).eval(), exact=False))
 
 
 def _moved(detector: Detector, i: int, member: Member) -> float:

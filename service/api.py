@@ -4,7 +4,7 @@ import base64
 import time
 from collections.abc import Sequence
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flask import Response, g, request
 from sqlalchemy import RowMapping
@@ -19,12 +19,16 @@ from service.edge import failure
 from service.errors import Problem
 from service.keys import Role
 from service.metrics import Metrics
+from service.models import Served
 from service.options import Options
 from service.routes import Route
 from service.scoring import Asked, Scorer, Verdict
 from service.settings import ServiceSettings
 from service.streaming import Archives
 from service.uploads import Upload, peek, read_body, uploads
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_DEADLINE_MS = 600_000
 TAKES = ("image/*", "multipart/form-data", "application/zip", "application/x-tar", "application/gzip")
@@ -42,22 +46,22 @@ more unusual). Header X-Deadline-Ms bounds the wait. Also here: /docs /openapi.j
 
 
 class ScorePages:
-    """`POST /v1/score`, and a page of plain text for people."""
+    """`POST /v1/score`, and what the pages on kept verdicts ask of the models."""
 
     def __init__(self, scorer: Scorer, settings: ServiceSettings, metrics: Metrics) -> None:
         self._scorer, self._settings, self._metrics = scorer, settings, metrics
         self._archives = Archives(scorer, settings, metrics)
 
     def routes(self) -> list[Route]:
-        """Both of them."""
+        """That one."""
         lines = ("application/x-ndjson",)
         return [
-            Route("GET", "/", None, self.usage, "What there is, for people", ("text/plain",)),
             Route("POST", "/v1/score", Role.SCORE, self.score, "Score pictures", Scores, ScoreWanted, more=lines,
                   takes=TAKES, codes=FOR_PICTURES),
         ]  # fmt: skip
 
     def usage(self) -> Response:
+        """A page of plain text for people."""
         return Response(USAGE.format(url=request.url_root, **self._scorer.models.pick().shown), mimetype="text/plain")
 
     def score(self) -> Response:
@@ -67,10 +71,10 @@ class ScorePages:
         options = Options.of(wanted, served)
         archive = archive_kind(peek(request.environ, BLOCK, settings.most_bytes()), request.mimetype)
         longest = settings.archive_deadline_ms if archive else settings.deadline_ms
-        deadline = g.started + _deadline_ms(longest) / 1000
+        deadline = g.started + deadline_ms(request.headers.get("X-Deadline-Ms"), longest) / 1000
         asked = Asked(served, deadline, options, g.request_id, g.key.source if g.key else None)
         if archive:
-            return self._archives.answer(archive, asked, _result)
+            return self._archives.answer(archive, asked, result)
         started = time.monotonic()
         body = read_body(request.environ, settings.max_request_bytes)
         files = uploads(body, request.content_type, settings.max_images_per_request)
@@ -79,15 +83,24 @@ class ScorePages:
 
     def heatmap(self, row: RowMapping, png: bytes) -> bytes:
         """That of a kept verdict, by the version that made it, whatever normals rank it now; raises `Problem`."""
+        served, seen = self._seen(row, png)
+        return self._scorer.heatmap(served, seen, g.started + self._settings.deadline_ms / 1000)
+
+    def regions(self, row: RowMapping, png: bytes) -> dict[str, Any]:
+        """What is hot in its kept picture, as `heatmap`."""
+        served, seen = self._seen(row, png)
+        found = self._scorer.regions(served, seen, png, g.started + self._settings.deadline_ms / 1000)
+        return {"width": seen.shape[2], "height": seen.shape[1], "regions": found}
+
+    def _seen(self, row: RowMapping, png: bytes) -> tuple[Served, "Tensor"]:
         served = self._scorer.models.that_scored(row["model"], row["version"])
         image = served.detector.image
-        seen = decode(png, ImageSpec(height=image.height, width=image.width, channels=image.channels))
-        return self._scorer.heatmap(served, seen, g.started + self._settings.deadline_ms / 1000)
+        return served, decode(png, ImageSpec(height=image.height, width=image.width, channels=image.channels))
 
 
 def _scored(model: dict[str, str], files: Sequence[Upload], outcomes: Sequence[Verdict | Problem]) -> Response:
     """200 where anything was scored; else the refusal all pictures share, or 422."""
-    results = [_result(file.name, outcome) for file, outcome in zip(files, outcomes, strict=True)]
+    results = [result(file.name, outcome) for file, outcome in zip(files, outcomes, strict=True)]
     problems = [outcome for outcome in outcomes if isinstance(outcome, Problem)]
     if len(problems) < len(outcomes):
         return answer({"model": model, "results": results})
@@ -97,7 +110,8 @@ def _scored(model: dict[str, str], files: Sequence[Upload], outcomes: Sequence[V
     return failure(Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "no_usable_image", message), results)
 
 
-def _result(name: str | None, outcome: Verdict | Problem) -> dict[str, Any]:
+def result(name: str | None, outcome: Verdict | Problem) -> dict[str, Any]:
+    """A picture's row in the answer."""
     found: dict[str, Any] = {} if name is None else {"filename": name}
     if isinstance(outcome, Problem):
         return {**found, "error": outcome.body()}
@@ -107,8 +121,8 @@ def _result(name: str | None, outcome: Verdict | Problem) -> dict[str, Any]:
     return found
 
 
-def _deadline_ms(default: int) -> int:
-    text = request.headers.get("X-Deadline-Ms")
+def deadline_ms(text: str | None, default: int) -> int:
+    """What the header of that name says; raises `Problem`."""
     if text is None:
         return default
     if not (text.isascii() and text.isdigit()) or len(text) > 9 or not 1 <= int(text) <= MAX_DEADLINE_MS:

@@ -14,8 +14,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from anomaly_vae import Detector, Engine
+from service.alarms_api import AlarmPages
+from service.allowance import Allowance
 from service.api import ScorePages
+from service.calibration_api import CalibrationPages
 from service.edge import install
+from service.front import Front
 from service.health import HealthPages, Readiness
 from service.keeping import Keeper
 from service.keys import Keyring
@@ -23,12 +27,16 @@ from service.metrics import Metrics
 from service.models import Models, Served
 from service.models_api import ModelPages
 from service.openapi import Described
+from service.pages import WebPages
+from service.quick import Quick
 from service.recorder import Recorder
 from service.routes import PathPart, Route, blueprint
 from service.scoring import Scorer
+from service.sessions import Sessions
 from service.settings import ServiceSettings
 from service.store import Kept, Store
 from service.verdicts_api import VerdictPages
+from service.watching import Watching
 
 _log = logging.getLogger(__name__)
 _LOOK_SECONDS = 1.0
@@ -71,7 +79,8 @@ def create_app(
     on_lost: Callable[[Exception], None] = lambda _: None,
     since: float = math.inf,
 ) -> Flask:
-    """The Flask application, warmed up; `app.extensions["running"]` drains and closes it.
+    """The Flask application, warmed up; `app.extensions["running"]` drains and closes it, and `["front"]` is what a
+    server calls (see `Front`).
 
     `load` returns the first detector, of the bundle `name`, and is called on the models' own thread; `open_bundle`
     loads others by name. A given `readiness` is left to the caller to make ready; without one the application is ready
@@ -81,7 +90,8 @@ def create_app(
     keyring = Keyring(settings.keys) if settings.keys else None
     stands, registry = readiness or Readiness(), registry or CollectorRegistry()
     metrics = Metrics(registry, settings.source)
-    recorder = _recorder(store, settings, metrics)
+    watching = Watching(store.database, registry, settings.base_rates) if store else None
+    recorder = _recorder(store, settings, metrics, watching)
 
     def lost(error: Exception) -> None:
         stands.become("failed")
@@ -93,24 +103,28 @@ def create_app(
             _log.warning("%s", made.remark)
         return made
 
-    models = Models(
-        engine, open_bundle, settings.models, store.database if store else None,
-        lambda served: _tell(metrics, served, keyring.sources() if keyring else ()),
-        since,
-    )  # fmt: skip
+    def in_force(served: Served) -> None:
+        _tell(metrics, served, keyring.sources() if keyring else ())
+        if watching is not None:
+            watching.in_force(served)
+
+    models = Models(engine, open_bundle, settings.models, store.database if store else None, in_force, since)
     keeper = Keeper(recorder, store.worker if store else 0, settings.source, settings.images, settings.review_share)
     model = settings.model or name
     scorer = Scorer(models, lambda: models.start(model, name, load()), settings, metrics, keeper, lost)
     running = Running(scorer, recorder, store, threading.Event())
-    if store is not None:
-        threading.Thread(target=_follow, args=(models, running.ending), name="follower", daemon=True).start()
+    if watching is not None:
+        threading.Thread(target=_follow, args=(models, watching, running.ending), name="follower", daemon=True).start()
     if recorder is not None:
         stands.tell("store", recorder.standing)
     app = Flask("service", static_folder=None)
     app.url_map.strict_slashes = False
     app.url_map.converters["default"] = PathPart
-    install(app, metrics, keyring, settings.max_request_bytes, local=not settings.allow_remote)
-    groups = _groups(running, settings, metrics)
+    allowance, local = Allowance(), not settings.allow_remote
+    sessions = Sessions(keyring, store.database if store else None, settings.session_hours) if keyring else None
+    install(app, metrics, keyring, settings.max_request_bytes, allowance, local=local, sessions=sessions)
+    quick = Quick(scorer, settings, metrics, keyring, allowance)
+    groups = _groups(running, settings, metrics, watching, sessions)
     groups["Health"] = HealthPages(stands, registry).routes()
     described = Described(groups, secured=keyring is not None)
     routes = [*described.routes(), *(route for group in groups.values() for route in group)]
@@ -118,6 +132,7 @@ def create_app(
     if (proxies := settings.trusted_proxies) > 0:
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=proxies, x_proto=proxies)  # type: ignore[method-assign]
     app.extensions["running"] = running
+    app.extensions["front"] = Front(app, quick, settings.threads_for_requests(), settings.body_seconds)
     if readiness is None:
         stands.become("ready")
     return app
@@ -128,28 +143,46 @@ def _tell(metrics: Metrics, served: Served, sources: Iterable[str]) -> None:
     metrics.in_force(served.name, served.version, rate, detector.calibration.n, detector.calibrated_at, sources)
 
 
-def _groups(running: Running, settings: ServiceSettings, metrics: Metrics) -> dict[str, list[Route]]:
+def _groups(
+    running: Running,
+    settings: ServiceSettings,
+    metrics: Metrics,
+    watching: Watching | None,
+    sessions: Sessions | None,
+) -> dict[str, list[Route]]:
     """All routes of the product, by what they are about."""
-    scores, store = ScorePages(running.scorer, settings, metrics), running.store
-    groups = {"Pictures": scores.routes(), "Models and policies": ModelPages(running.scorer.models, store).routes()}
+    scores, store, models = ScorePages(running.scorer, settings, metrics), running.store, running.scorer.models
+    groups = {
+        "Pictures": scores.routes(),
+        "Models and policies": [*ModelPages(models, store).routes(), *CalibrationPages(models, store).routes()],
+    }
     if store is not None and running.recorder is not None:
-        groups["Verdicts"] = VerdictPages(store, scores.heatmap, running.recorder.flush).routes()
+        verdicts = VerdictPages(store, scores.heatmap, running.recorder.flush, scores.regions)
+        groups["Verdicts"] = verdicts.routes()
+    if watching is not None:
+        groups["Alarms"] = AlarmPages(watching.alarms).routes()
+    rules = [route.rule for group in groups.values() for route in group]
+    groups["The page"] = WebPages(sessions, scores.usage, rules).routes()
     return groups
 
 
-def _recorder(store: Store | None, settings: ServiceSettings, metrics: Metrics) -> Recorder | None:
-    if store is None:
+def _recorder(
+    store: Store | None, settings: ServiceSettings, metrics: Metrics, watching: Watching | None
+) -> Recorder | None:
+    if store is None or watching is None:
         return None
     picture_bytes = None if settings.picture_megabytes is None else settings.picture_megabytes << 20
     kept = Kept(settings.verdict_days, settings.picture_days, picture_bytes)
-    return Recorder(store, metrics, kept, settings.flush_ms / 1000, settings.store_buffer)
+    flush_seconds, also = settings.flush_ms / 1000, watching.alarms.count
+    return Recorder(store, metrics, kept, flush_seconds, settings.store_buffer, also=also)
 
 
-def _follow(models: Models, ending: threading.Event) -> None:
+def _follow(models: Models, watching: Watching, ending: threading.Event) -> None:
     """Do what other processes decide; a database tells nobody of its own accord."""
     while not ending.wait(_LOOK_SECONDS):
         try:
             models.refresh()
+            watching.refresh()
         except SQLAlchemyError:
             # The recorder says that the store is down; what was decided last still holds.
             continue

@@ -177,6 +177,20 @@ class RatesWanted(Spec):
     source: Name | None = None
 
 
+class ScoreCountsWanted(Spec):
+    """How many of the last verdicts to count."""
+
+    last: int = Field(1000, ge=1, le=10_000)
+
+
+class SignInWanted(Body):
+    """A key to stay signed in with."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"key": "av_0123abcd_SECRET"}]})
+
+    key: str = Field(min_length=1, max_length=200)
+
+
 class ReviewWanted(Spec):
     """How many pictures to look at."""
 

@@ -23,6 +23,7 @@ CODES: dict[str, Code] = {
     "unknown_parameter": Code(_BAD, "Leave it out, or mend its name; the message lists those that there are."),
     "bad_content_length": Code(_BAD, "Send Content-Length as a number of bytes."),
     "incomplete_body": Code(_BAD, "Send the body again, whole."),
+    "slow_body": Code(HTTPStatus.REQUEST_TIMEOUT, "Send the body faster: 16 KiB a second at the least."),
     "bad_deadline": Code(_BAD, "Send X-Deadline-Ms as whole milliseconds from 1 to 600000."),
     "alpha_not_supported": Code(_BAD, "Choose a larger rate, or calibrate with as many normals as the message says."),
     "not_found": Code(_NOT_FOUND, "Mend the address; this page lists them."),
@@ -30,6 +31,7 @@ CODES: dict[str, Code] = {
     # Keys
     "no_key": Code(HTTPStatus.UNAUTHORIZED, "Send the header Authorization: Bearer KEY."),
     "bad_key": Code(HTTPStatus.UNAUTHORIZED, "Ask whoever runs the service for a new key."),
+    "session_over": Code(HTTPStatus.UNAUTHORIZED, "Sign in again on the page, or send a key."),
     "cross_site": Code(HTTPStatus.FORBIDDEN, "Make keys, and send one; or ask from the service's own pages."),
     "unknown_host": Code(HTTPStatus.FORBIDDEN, "Call the service localhost, or start it with keys or allow_remote."),
     "forbidden": Code(HTTPStatus.FORBIDDEN, "Use a key with the role that the message names."),
@@ -83,6 +85,8 @@ CODES: dict[str, Code] = {
     "contradiction": Code(_CONFLICT, "Use a label that fits the verdict; the message lists them."),
     "unknown_verdict": Code(_NOT_FOUND, "Look again in a moment, or at GET /v1/verdicts."),
     "no_picture": Code(_NOT_FOUND, "Have more pictures kept: settings images, picture_days, review_share."),
+    "unknown_alarm": Code(_NOT_FOUND, "Use an id of GET /v1/alarms."),
+    "not_raised": Code(_CONFLICT, "There is nothing to do."),
     "version_gone": Code(HTTPStatus.GONE, "Load the bundle that made the verdict."),
     "store_down": Code(_BUSY, "Wait until /ready says that the store is back."),
     # The service
@@ -99,6 +103,6 @@ FOR_PICTURES = (
     "too_many_entries", "expands_too_much", "too_many_archives", "no_room", "bad_deadline", "alpha_not_supported",
     "unknown_model", "bad_content_length", "incomplete_body",
 )  # fmt: skip
-FOR_KEYS = ("no_key", "bad_key", "forbidden", "rate_limited", "too_many_bytes")
+FOR_KEYS = ("no_key", "bad_key", "session_over", "forbidden", "cross_site", "rate_limited", "too_many_bytes")
 FOR_QUERIES = ("bad_parameter", "unknown_parameter")
 FOR_BODIES = ("bad_json", "bad_parameter", "too_large", "bad_content_length", "incomplete_body")

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from sqlalchemy import Connection, RowMapping, Table, func, insert, select
 
 from anomaly_vae import ConfigError
+from service.alarms import begin_anew
 from service.auditing import note
 from service.database import Database
 from service.schema import ACTIVATIONS, CALIBRATIONS, POLICIES
@@ -67,7 +68,7 @@ class Decided(Generic[_D]):
 
 
 class Decisions:
-    """The three books of decisions."""
+    """The three books of decisions. Each one begins the model's alarms anew."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -125,6 +126,7 @@ class Decisions:
             connection.execute(
                 insert(table), {"model": model, "revision": revision, "by": by, "at": time.time(), **row}
             )
+            begin_anew(connection, model)
             note(connection, by, action, model, before, after)
         return revision
 

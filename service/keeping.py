@@ -38,7 +38,14 @@ class Keeper:
         self._chance = random.SystemRandom()
 
     def keep(
-        self, served: Served, row: dict[str, Any], image: "Tensor", file: Upload, request: str, source: str | None
+        self,
+        served: Served,
+        row: dict[str, Any],
+        image: "Tensor",
+        file: Upload,
+        request: str,
+        source: str | None,
+        latents: tuple[float, ...] = (),
     ) -> str:
         """The verdict's id. `row` is as the policy in force has it; `image` is what the model saw of the file."""
         number = self._ids.next()
@@ -60,6 +67,7 @@ class Keeper:
             expected=served.policy.expected_false_alarm_rate,
             parts=row["parts"],
             drawn=drawn,
+            latents=latents,
         )
         wanted = self._images == "all" or (self._images == "outliers" and (row["outlier"] or drawn))
         self.recorder.put(Pending(record, _drawing(image), image.numel()) if wanted else Pending(record))

@@ -41,6 +41,9 @@ _LINES = {
 _PATHS = {
     "model": ("A model's name", {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"}),
     "verdict": ("The id that its answer gave", {"type": "string", "pattern": "^[0-7][0-9a-f]{15}$"}),
+    "alarm": ("Its id in GET /v1/alarms", {"type": "string", "pattern": "^[0-9a-f]{16}$"}),
+    "digest": ("Of all files of the page together", {"type": "string", "pattern": "^[0-9a-f]{16}$"}),
+    "file": ("A file's name", {"type": "string"}),
 }
 
 
@@ -276,5 +279,7 @@ def _curl(operation: Mapping[str, Any], schemas: Mapping[str, Any]) -> str:
         words += ["-H", "'Content-Type: application/json'", "-d", shlex.quote(example)]
     elif content:
         words = ["curl", *words[3:], "--data-binary", "@picture.jpg"]
-    address = "http://127.0.0.1:8765" + operation["path"].replace("{model}", "NAME").replace("{verdict}", "ID")
+    address = "http://127.0.0.1:8765" + operation["path"]
+    for name, example in (("model", "NAME"), ("verdict", "ID"), ("alarm", "ID")):
+        address = address.replace(f"{{{name}}}", example)
     return " ".join([*words, address])

@@ -59,6 +59,12 @@ class InForce:
         rate = float(detector.calibration.p_values([choice.threshold])[0])
         return cls(revision, rate, BY_THRESHOLD, choice.threshold, rate, None, None)
 
+    def rank(self, detector: Detector) -> int:
+        """k such that p <= k / (n + 1) is an outlier; see `anomaly_vae.drift.tolerated_rate`."""
+        if self.mode == BY_THRESHOLD:
+            return round(self.alpha * (detector.calibration.n + 1))
+        return detector.calibration.rank(self.alpha, cast(Any, self.mode))
+
     def outliers(self, detector: Detector, scores: list[float], p_values: list[float]) -> list[bool]:
         """The verdicts of pictures with these scores and p-values."""
         if self.mode == BY_THRESHOLD:

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
 from service.database import reason_of
-from service.store import Kept, Record, Store
+from service.store import Beside, Kept, Record, Store
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ class Recorder:
 
     While the store cannot be written, at most `most_waiting` verdicts wait in memory, and pictures of them up to
     `most_picture_bytes`; what is more is lost and counted, pictures first. Writing is tried again until it works.
+    `also` is done in the same transaction: see `Store.write`.
     """
 
     def __init__(
@@ -53,8 +54,9 @@ class Recorder:
         flush_seconds: float = 0.2,
         most_waiting: int = 10_000,
         most_picture_bytes: int = 64 << 20,
+        also: Beside | None = None,
     ) -> None:
-        self._store, self._told, self._kept = store, told, kept
+        self._store, self._told, self._kept, self._also = store, told, kept, also
         self._flush_seconds, self._most_waiting = flush_seconds, most_waiting
         self._picture_room = most_picture_bytes
         self._changed = threading.Condition()
@@ -162,7 +164,7 @@ class Recorder:
         """Why the store cannot be written now; None once it has been, less what it will never take."""
         started = time.monotonic()
         try:
-            self._store.write(records)
+            self._store.write(records, self._also)
         except (DataError, IntegrityError) as error:
             # Whatever a store refuses must not keep the others from it: the batch is halved until it stands alone.
             if len(records) > 1:

@@ -167,6 +167,32 @@ CALIBRATIONS = _decision(
 )
 """`base`: the bundle's version. `scores`: little-endian float64; null: the bundle's own calibration."""
 
+ALARMS = Table(
+    "alarms",
+    METADATA,
+    Column("model", String(64), primary_key=True),
+    Column("version", String(16), primary_key=True),
+    Column("source", String(64), primary_key=True),
+    Column("policy", Integer, nullable=False),
+    Column("begun", Double, nullable=False),
+    Column("rate_raised", Double),
+    Column("shift_raised", Double),
+    Column("rate", Text, nullable=False),
+    Column("shift", Text, nullable=False),
+    Column("examples", Text, nullable=False),
+    Column("sums", LargeBinary, nullable=False),
+)
+"""What the alarms have seen of each stream. `rate`, `shift`, `examples`: JSON; `sums`: little-endian int32. The
+moments of raising are in seconds since 1970."""
+
+SESSIONS = Table(
+    "sessions",
+    METADATA,
+    Column("digest", String(64), primary_key=True),
+    Column("ends", Double, nullable=False),
+)
+"""Who is signed in on the page: see `sessions.Sessions`. Nothing in it lets anybody in."""
+
 _VERSIONS = Table(
     "schema_version", METADATA, Column("number", Integer, primary_key=True), Column("at", Double, nullable=False)
 )
@@ -183,6 +209,8 @@ def _create(*tables: Table) -> Callable[[Connection], None]:
 STEPS: tuple[Callable[[Connection], None], ...] = (
     _create(VERDICTS, PICTURES, REVIEWS, FEEDBACK, RATES, HISTOGRAMS, WORKERS, AUDIT),
     _create(POLICIES, ACTIVATIONS, CALIBRATIONS),
+    _create(ALARMS),
+    _create(SESSIONS),
 )
 """Step k makes version k of version k - 1. A released one is never changed: a further one adds what a table lacks."""
 

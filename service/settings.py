@@ -4,15 +4,16 @@ import ipaddress
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from anomaly_vae import ConfigError, Spec, override, read_yaml
+from anomaly_vae import ConfigError, Spec, override, parse_yaml, read_yaml
 
 # Not ANOMALY_VAE_SERVICE_: Kubernetes itself sets ANOMALY_VAE_SERVICE_HOST and _PORT beside a Service "anomaly-vae".
 ENVIRONMENT_PREFIX = "ANOMALY_VAE_SERVE_"
 MIB = 1024 * 1024
+SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
 class ServiceSettings(Spec):
@@ -24,6 +25,7 @@ class ServiceSettings(Spec):
     allow_remote: bool = False
     trusted_proxies: int = Field(default=0, ge=0, le=16)
     keys: Path | None = None
+    session_hours: float = Field(default=12.0, gt=0.0, le=8760.0)
     tls_certificate: Path | None = None
     tls_key: Path | None = None
 
@@ -56,14 +58,17 @@ class ServiceSettings(Spec):
     picture_megabytes: int | None = Field(default=1024, ge=1)
     verdict_days: float | None = Field(default=None, gt=0.0)
     review_share: float = Field(default=0.01, ge=0.0, le=1.0)
+    base_rates: dict[SourceName, Annotated[float, Field(gt=0.0, lt=1.0)]] = Field(default_factory=dict)
 
     logs: Literal["auto", "text", "json"] = "auto"
     log_requests: bool = False
 
     compute_threads: int | None = Field(default=None, ge=1, le=1024)
+    batches_at_once: int | None = Field(default=None, ge=1, le=64)
     decode_threads: int | None = Field(default=None, ge=1, le=1024)
     request_threads: int | None = Field(default=None, ge=1, le=4096)
     backlog: int = Field(default=1024, ge=128, le=65535)
+    body_seconds: float = Field(default=20.0, ge=1.0, le=3600.0)
     drain_seconds: float = Field(default=30.0, ge=1.0, le=3600.0)
 
     @field_validator("models")
@@ -72,6 +77,11 @@ class ServiceSettings(Spec):
         if models is not None and not models.is_dir():
             raise ValueError(f"{models} is no folder; give the one that holds the bundles")
         return models
+
+    @field_validator("base_rates", mode="before")
+    @classmethod
+    def _as_in_yaml(cls, rates: Any) -> Any:
+        return parse_yaml(rates, "base_rates") if isinstance(rates, str) else rates
 
     @field_validator("device")
     @classmethod

@@ -27,7 +27,8 @@ _CHUNK = 1000
 class Record:
     """One verdict to be kept. `expected`: the share of normal pictures that the policy takes for outliers.
 
-    `drawn`: for review, by chance alone. `png`: what the model saw of the picture, where it is kept.
+    `drawn`: for review, by chance alone. `png`: what the model saw of the picture, where it is kept. `latents`: for the
+    alarms, and not kept.
     """
 
     id: int
@@ -45,6 +46,10 @@ class Record:
     parts: dict[str, float | None]
     drawn: bool = False
     png: bytes | None = None
+    latents: tuple[float, ...] = ()
+
+
+Beside = Callable[[Connection, Sequence[Record]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +113,8 @@ class Store:
             raise ConfigError(f"store {self.database.shown} cannot be opened: {reason_of(error)}") from None
         self.worker = int(found[0]) if found else 0
 
-    def write(self, records: Sequence[Record]) -> None:
-        """Keep verdicts, all or none; durable when it returns."""
+    def write(self, records: Sequence[Record], also: Beside | None = None) -> None:
+        """Keep verdicts, all or none; durable when it returns. `also` is done with them in the same transaction."""
         with self.database.writing() as connection:
             connection.execute(insert(VERDICTS), [_row(record) for record in records])
             for table, rows in (
@@ -120,6 +125,8 @@ class Store:
                     connection.execute(insert(table), rows)
             _add(connection, RATES, _rates(records), ("scored", "outliers", "expected"))
             _add(connection, HISTOGRAMS, _histograms(records), ("n",))
+            if also is not None:
+                also(connection, records)
 
     def verdicts(self, wanted: Wanted, before: int | None = None, limit: int = 100) -> list[RowMapping]:
         """Verdicts, the newest first, each with what was said of it and whether its picture is kept.

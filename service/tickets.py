@@ -23,6 +23,8 @@ class Judged(Protocol):
     def heat(self) -> "np.ndarray[Any, Any] | None": ...
     @property
     def heat_scale(self) -> float: ...
+    @property
+    def latents(self) -> "np.ndarray[Any, Any] | None": ...
     def row(self, index: int, /) -> dict[str, Any]: ...
 
 
@@ -63,7 +65,10 @@ class NotScored(AnomalyVaeError):
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """One picture's row, its heat map if asked for, what `Ticket.also` found, and where its time went (seconds)."""
+    """One picture's row, its heat map if asked for, what `Ticket.also` found, and where its time went (seconds).
+
+    `latents`: those that are watched.
+    """
 
     row: dict[str, Any]
     heat: "np.ndarray[Any, Any] | None"
@@ -71,6 +76,7 @@ class Scored:
     also: Any
     queued_seconds: float
     judge_seconds: float
+    latents: tuple[float, ...] = ()
 
 
 class Queue(Protocol):
@@ -87,6 +93,7 @@ class Queue(Protocol):
         bulk: bool,
         deadline: float | None,
         also: "Also | None" = None,
+        wake: "Callable[[], None] | None" = None,
     ) -> "Ticket": ...
     def give_back(self, places: int) -> None: ...
     def cancel(self, ticket: "Ticket", outcome: NotScored) -> None: ...
@@ -107,6 +114,7 @@ class Ticket:
         "heatmap",
         "image",
         "target",
+        "wake",
     )
 
     def __init__(
@@ -131,6 +139,7 @@ class Ticket:
         self.deadline = deadline
         self.entered = entered
         self.also: Also | None = None
+        self.wake: Callable[[], None] | None = None
 
     def result(self) -> Scored:
         """Wait until judged or until the deadline; raises `NotScored`."""
@@ -161,6 +170,8 @@ class Ticket:
         else:
             self._scored = outcome
         self._done.set()
+        if self.wake is not None:
+            self.wake()
 
 
 class Reservation:
@@ -173,15 +184,22 @@ class Reservation:
         self._deadline = deadline
 
     def submit(
-        self, image: "Tensor", target: Target | None = None, *, heatmap: bool = False, also: "Also | None" = None
+        self,
+        image: "Tensor",
+        target: Target | None = None,
+        *,
+        heatmap: bool = False,
+        also: "Also | None" = None,
+        wake: Callable[[], None] | None = None,
     ) -> Ticket:
         """Queue one uint8 (C, H, W) picture on one of the places; for the first model unless another is given.
 
-        `also` is asked with the picture and its row, on the models' thread, once it is judged.
+        `also` is asked with the picture and its row, on a thread of the models, once it is judged. `wake` is called on
+        any thread when `result` need not be waited for, and must not wait itself.
         """
         assert self._left > 0, "more pictures than places were reserved"
         ticket = self._batcher.enqueue(
-            image, target, heatmap=heatmap, bulk=self._bulk, deadline=self._deadline, also=also
+            image, target, heatmap=heatmap, bulk=self._bulk, deadline=self._deadline, also=also, wake=wake
         )
         self._left -= 1
         return ticket

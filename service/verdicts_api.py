@@ -13,7 +13,7 @@ from typing import Any
 from flask import Response
 from sqlalchemy import Connection, RowMapping
 
-from anomaly_vae.answers import Forgotten, Rates, ReviewPage, Verdict, VerdictPage
+from anomaly_vae.answers import Forgotten, Rates, ReviewPage, Verdict, VerdictPage, VerdictRegions
 from service import ids
 from service.asked import FeedbackWanted, ForgetWanted, RatesWanted, ReviewWanted, VerdictsWanted
 from service.auditing import note
@@ -33,12 +33,19 @@ _Z = 1.959964
 
 
 class VerdictPages:
-    """Routes on what the store holds; `heatmap` draws that of a verdict's row and kept picture, or raises `Problem`."""
+    """Routes on what the store holds; `heatmap` draws that of a verdict's row and kept picture, or raises `Problem`.
+
+    `regions` tells what is hot in it.
+    """
 
     def __init__(
-        self, store: Store, heatmap: Callable[[RowMapping, bytes], bytes], flush: Callable[[float], bool]
+        self,
+        store: Store,
+        heatmap: Callable[[RowMapping, bytes], bytes],
+        flush: Callable[[float], bool],
+        regions: Callable[[RowMapping, bytes], dict[str, Any]],
     ) -> None:
-        self._store, self._heatmap, self._flush = store, heatmap, flush
+        self._store, self._heatmap, self._flush, self._regions = store, heatmap, flush, regions
         self._reviews = Reviews(store.database)
 
     def routes(self) -> list[Route]:
@@ -59,6 +66,8 @@ class VerdictPages:
             Route("DELETE", picture, admin, self.forget_image, "Forget its picture alone", Forgotten, codes=seen),
             Route("GET", "/v1/verdicts/<verdict>/heatmap", read, self.heat, "Its heat map", png,
                   codes=(*seen, "version_gone", *FOR_THE_QUEUE)),
+            Route("GET", "/v1/verdicts/<verdict>/regions", read, self.hot, "Boxes around what is hot in it",
+                  VerdictRegions, codes=(*seen, "version_gone", *FOR_THE_QUEUE)),
             Route("GET", "/v1/rates", read, self.rates, "Outlier rates over time", Rates, RatesWanted,
                   codes=("store_down",)),
             Route("POST", "/v1/feedback", read, self.feedback, "Say what a picture was", Verdict, body=FeedbackWanted,
@@ -125,6 +134,9 @@ class VerdictPages:
 
     def heat(self, verdict: str) -> Response:
         return Response(self._heatmap(*_picture(self._store, verdict)), mimetype="image/png")
+
+    def hot(self, verdict: str) -> Response:
+        return answer(self._regions(*_picture(self._store, verdict)))
 
     def rates(self) -> Response:
         asked = query_of(RatesWanted)

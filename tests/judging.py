@@ -21,6 +21,7 @@ class Columns:
     values: list[int]
     heat: Any
     heat_scale: float = 1.0
+    latents: Any = None
 
     def row(self, index: int) -> dict[str, Any]:
         return {"score": self.values[index]}

@@ -91,15 +91,23 @@ def test_every_answer_is_as_the_document_says(server, document, digits_folder):
 
     for path in ("/", "/docs", "/openapi.json", "/live", "/ready", "/v2/health/live", "/v2/health/ready", "/metrics"):
         ask("GET", path, 200)
-    for path in ("/v1/models", "/v1/models/tiny", "/v1/models/tiny/policy", "/v1/audit", "/v1/review", "/v1/verdicts"):
+    for path in ("/v1/models", "/v1/models/tiny", "/v1/models/tiny/policy", "/v1/audit", "/v1/review", "/v1/verdicts",
+                 "/v1/alarms"):  # fmt: skip
         ask("GET", path, 200)
     for query in ("format=csv", "format=ndjson", "since=2020-01-01", "until=1e9", "since=0001-01-01T00:00:00%2B14:00"):
         ask("GET", f"/v1/verdicts?{query}", 400 if "1e9" in query else 200)
     ask("GET", "/v1/rates?since=0001-01-01T00:00:00Z&until=9999-12-31T23:59:59-12:00", 400)
     ask("GET", "/v1/rates?since=2026-01-01&until=2026-02-01T00:00:00-12:00", 200)
     one = f"/v1/verdicts/{odd}"
-    for path in (one, f"{one}/image", f"{one}/heatmap"):
+    for path in (one, f"{one}/image", f"{one}/heatmap", f"{one}/regions", "/v1/models/tiny/calibration"):
         ask("GET", path, 200)
+    own = {"headers": {"X-Asked-By": "page"}}
+    page = httpx.get(server.url, headers={"Accept": "text/html"}).text
+    ask("GET", "/" + re.search(r"static/[0-9a-f]+/page.js", page)[0], 200)
+    ask("GET", "/v1/session", 200)
+    ask("POST", "/v1/session", 200, json={"key": "any"}, **own)
+    ask("DELETE", "/v1/session", 200, **own)
+    ask("DELETE", "/v1/session", 403)
     ask("POST", "/v1/feedback", 200, json={"verdict": odd, "label": "confirmed"})
     ask("GET", one, 200)
     ask("POST", "/v1/feedback", 409, json={"verdict": odd, "label": "missed"})
@@ -116,8 +124,8 @@ def test_every_answer_is_as_the_document_says(server, document, digits_folder):
     ask("DELETE", one, 200)
     ask("DELETE", "/v1/verdicts?outlier=true", 200)
     operations = {one["operationId"] for methods in document["paths"].values() for one in methods.values()}
-    # It takes another bundle, or hundreds of reviews; `answers` are held against those in tests of their own.
-    assert operations - ask.succeeded == {"rollback", "recalibrate"}
+    # It takes another bundle, hundreds of reviews or an alarm; `answers` are held against those in tests of their own.
+    assert operations - ask.succeeded == {"rollback", "recalibrate", "acknowledge"}
 
 
 def refuse(ask: Checked, one: str) -> None:
@@ -139,6 +147,7 @@ def refuse(ask: Checked, one: str) -> None:
     ask("PUT", "/v1/models/tiny/policy", 200, json={"alpha": 1 - 1e-15})
     for wrong in ("x\0y", "x" * 1001):
         ask("POST", "/v1/feedback", 400, json={"verdict": one[-16:], "label": "unclear", "note": wrong})
+    ask("POST", "/v1/alarms/0123456789abcdef:acknowledge", 404)
     ask("GET", "/v1/verdicts?outlier=1", 400)
     ask("GET", "/v1/verdicts?limit=0", 400)
     ask("GET", "/v1/verdicts/0000000000000000/heatmap", 404)

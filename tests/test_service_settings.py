@@ -38,6 +38,9 @@ def test_options_win_over_the_environment_and_that_over_the_file(tmp_path: Path)
         ("", {}, ["queue_size"], "queue_size"),
         ("", {}, ["queue_size=4"], "max_images_per_request"),
         ("", {}, ["health_port=8765"], "health_port"),
+        ("base_rates: {line-3: 4}\n", {}, [], "base_rates.line-3"),
+        ("", {"BASE_RATES": "{line 3: 0.1}"}, [], "base_rates"),
+        ("", {"BASE_RATES": "{"}, [], "base_rates"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_setting(
@@ -49,6 +52,12 @@ def test_a_mistake_is_one_line_that_names_the_setting(
         ServiceSettings.load(file, options, {ENVIRONMENT_PREFIX + key: value for key, value in environment.items()})
     assert named in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_base_rates_are_read_from_wherever_they_stand() -> None:
+    for options, environment in ((["base_rates={line-3: 0.04}"], {}), ([], {"BASE_RATES": "{line-3: 0.04}"})):
+        given = {ENVIRONMENT_PREFIX + key: value for key, value in environment.items()}
+        assert ServiceSettings.load(None, options, given).base_rates == {"line-3": 0.04}
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.org"])
