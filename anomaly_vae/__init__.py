@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from anomaly_vae.images import ImageSpec as ImageSpec
     from anomaly_vae.images import decode as decode
     from anomaly_vae.images import encode_png as encode_png
+    from anomaly_vae.images import peek as peek
     from anomaly_vae.recipe import DetectorSpec as DetectorSpec
     from anomaly_vae.regions import regions_json as regions_json
     from anomaly_vae.rendering import heatmap_png as heatmap_png
@@ -66,6 +67,7 @@ _HOME = {
     "heatmap_png": "rendering",
     "override": "spec",
     "parse_yaml": "spec",
+    "peek": "images",
     "pick_device": "engine",
     "read_yaml": "spec",
     "regions_json": "regions",

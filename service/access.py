@@ -1,7 +1,7 @@
 """Who may call what: every route says which role it needs, one that says nothing needs the highest."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from http import HTTPStatus
 from ipaddress import ip_address
 from typing import TypeVar
@@ -26,14 +26,12 @@ def needs(role: Role | None) -> Callable[[_View], _View]:
     return mark
 
 
-def guard(app: Flask, keyring: Keyring | None, most_bytes: int) -> None:
+def guard(app: Flask, keyring: Keyring | None, most_bytes: int, allowance: Allowance) -> None:
     """Let each request pass only with a key for it, and as often as that may; `g.key` is that key.
 
     Without a keyring everybody may do all. A body of unknown length counts as `most_bytes`, until `count_body` knows
     better. What was counted is given back once there is an answer, or as `count_until_closed` says.
     """
-
-    allowance = Allowance()
 
     @app.before_request
     def check() -> None:
@@ -51,12 +49,6 @@ def guard(app: Flask, keyring: Keyring | None, most_bytes: int) -> None:
         if g.get("taken") is not None:
             allowance.give_back(g.key, g.taken)
 
-    @app.after_request
-    def say_how(response: Response) -> Response:
-        if response.status_code == HTTPStatus.UNAUTHORIZED:
-            response.headers["WWW-Authenticate"] = "Bearer"
-        return response
-
 
 def guard_pages(app: Flask, local: bool) -> None:
     """Keep out what a page of another site has a visitor's browser ask, which nobody's key would stop.
@@ -71,12 +63,15 @@ def guard_pages(app: Flask, local: bool) -> None:
         if foreign or site in ("cross-site", "same-site"):
             message = "a page of another site asked this; without keys only the service's own pages may"
             raise Problem(HTTPStatus.FORBIDDEN, "cross_site", message)
-        if local and not _is_own(urlsplit(f"//{request.host}").hostname or ""):
+        if local and not is_own(request.host):
             message = f"the service is not called {request.host[:80]!r}; call it localhost, or set allow_remote or keys"
             raise Problem(HTTPStatus.FORBIDDEN, "unknown_host", message)
 
 
-def _is_own(name: str) -> bool:
+@lru_cache(64)
+def is_own(host: str) -> bool:
+    """Whether a request's host, with or without port, is a name of this machine that no other has."""
+    name = urlsplit(f"//{host}").hostname or ""
     if name.removesuffix(".") == "localhost":
         return True
     try:
@@ -100,10 +95,15 @@ def count_until_closed(answer: Response) -> None:
 
 
 def _admitted(keyring: Keyring, role: Role) -> Key:
-    presented = _presented()
+    presented = presented_in(request.headers.get("Authorization", ""), request.headers.get("X-API-Key"))
     if presented is None:
         message = "this service wants a key; send the header Authorization: Bearer KEY"
         raise Problem(HTTPStatus.UNAUTHORIZED, "no_key", message)
+    return admitted(keyring, presented, role)
+
+
+def admitted(keyring: Keyring, presented: str, role: Role) -> Key:
+    """The key that somebody presents, if it may do what needs this role; raises `Problem`."""
     key = keyring.find(presented)
     if key is None:
         message = "this key is unknown or no longer valid; ask whoever runs the service for a new one"
@@ -122,8 +122,9 @@ def _announced(most: int) -> int:
     return request.content_length or 0
 
 
-def _presented() -> str | None:
-    scheme, _, value = request.headers.get("Authorization", "").partition(" ")
+def presented_in(authorization: str, api_key: str | None) -> str | None:
+    """The key in the headers `Authorization` and `X-API-Key`."""
+    scheme, _, value = authorization.partition(" ")
     if scheme.casefold() == "bearer" and value.strip():
         return value.strip()
-    return request.headers.get("X-API-Key") or None
+    return api_key or None

@@ -67,10 +67,10 @@ class ScorePages:
         options = Options.of(wanted, served)
         archive = archive_kind(peek(request.environ, BLOCK, settings.most_bytes()), request.mimetype)
         longest = settings.archive_deadline_ms if archive else settings.deadline_ms
-        deadline = g.started + _deadline_ms(longest) / 1000
+        deadline = g.started + deadline_ms(request.headers.get("X-Deadline-Ms"), longest) / 1000
         asked = Asked(served, deadline, options, g.request_id, g.key.source if g.key else None)
         if archive:
-            return self._archives.answer(archive, asked, _result)
+            return self._archives.answer(archive, asked, result)
         started = time.monotonic()
         body = read_body(request.environ, settings.max_request_bytes)
         files = uploads(body, request.content_type, settings.max_images_per_request)
@@ -87,7 +87,7 @@ class ScorePages:
 
 def _scored(model: dict[str, str], files: Sequence[Upload], outcomes: Sequence[Verdict | Problem]) -> Response:
     """200 where anything was scored; else the refusal all pictures share, or 422."""
-    results = [_result(file.name, outcome) for file, outcome in zip(files, outcomes, strict=True)]
+    results = [result(file.name, outcome) for file, outcome in zip(files, outcomes, strict=True)]
     problems = [outcome for outcome in outcomes if isinstance(outcome, Problem)]
     if len(problems) < len(outcomes):
         return answer({"model": model, "results": results})
@@ -97,7 +97,8 @@ def _scored(model: dict[str, str], files: Sequence[Upload], outcomes: Sequence[V
     return failure(Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "no_usable_image", message), results)
 
 
-def _result(name: str | None, outcome: Verdict | Problem) -> dict[str, Any]:
+def result(name: str | None, outcome: Verdict | Problem) -> dict[str, Any]:
+    """A picture's row in the answer."""
     found: dict[str, Any] = {} if name is None else {"filename": name}
     if isinstance(outcome, Problem):
         return {**found, "error": outcome.body()}
@@ -107,8 +108,8 @@ def _result(name: str | None, outcome: Verdict | Problem) -> dict[str, Any]:
     return found
 
 
-def _deadline_ms(default: int) -> int:
-    text = request.headers.get("X-Deadline-Ms")
+def deadline_ms(text: str | None, default: int) -> int:
+    """What the header of that name says; raises `Problem`."""
     if text is None:
         return default
     if not (text.isascii() and text.isdigit()) or len(text) > 9 or not 1 <= int(text) <= MAX_DEADLINE_MS:

@@ -14,8 +14,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from anomaly_vae import Detector, Engine
 from service.alarms_api import AlarmPages
+from service.allowance import Allowance
 from service.api import ScorePages
 from service.edge import install
+from service.front import Front
 from service.health import HealthPages, Readiness
 from service.keeping import Keeper
 from service.keys import Keyring
@@ -23,6 +25,7 @@ from service.metrics import Metrics
 from service.models import Models, Served
 from service.models_api import ModelPages
 from service.openapi import Described
+from service.quick import Quick
 from service.recorder import Recorder
 from service.routes import PathPart, Route, blueprint
 from service.scoring import Scorer
@@ -72,7 +75,8 @@ def create_app(
     on_lost: Callable[[Exception], None] = lambda _: None,
     since: float = math.inf,
 ) -> Flask:
-    """The Flask application, warmed up; `app.extensions["running"]` drains and closes it.
+    """The Flask application, warmed up; `app.extensions["running"]` drains and closes it, and `["front"]` is what a
+    server calls (see `Front`).
 
     `load` returns the first detector, of the bundle `name`, and is called on the models' own thread; `open_bundle`
     loads others by name. A given `readiness` is left to the caller to make ready; without one the application is ready
@@ -112,13 +116,16 @@ def create_app(
     app = Flask("service", static_folder=None)
     app.url_map.strict_slashes = False
     app.url_map.converters["default"] = PathPart
-    install(app, metrics, keyring, settings.max_request_bytes, local=not settings.allow_remote)
+    allowance = Allowance()
+    install(app, metrics, keyring, settings.max_request_bytes, allowance, local=not settings.allow_remote)
+    quick = Quick(scorer, settings, metrics, keyring, allowance)
     groups = _groups(running, settings, metrics, watching)
     groups["Health"] = HealthPages(stands, registry).routes()
     described = Described(groups, secured=keyring is not None)
     routes = [*described.routes(), *(route for group in groups.values() for route in group)]
     app.register_blueprint(blueprint("api", routes))
     app.extensions["running"] = running
+    app.extensions["front"] = Front(app, quick, settings.threads_for_requests(), settings.body_seconds)
     if readiness is None:
         stands.become("ready")
     return app

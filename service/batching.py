@@ -1,7 +1,7 @@
-"""`Batcher`: request threads hand in single pictures; one thread owns the model and judges them in batches.
+"""`Batcher`: requests hand in single pictures; the models' own threads judge them in batches.
 
-A request first reserves its places in the queue, so that a refusal costs no decoding. Whenever the model is idle and
-a picture waits, a batch is launched at once. Threads sleep on one condition; nothing polls.
+A request first reserves its places in the queue, so that a refusal costs no decoding. Whenever a thread is idle and a
+picture waits, a batch is launched at once. Threads sleep on one condition; nothing polls.
 """
 
 import math
@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from service.tickets import Also, Judge, NotAccepted, NotScored, Reservation, Scored, Target, Ticket
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class _Call:
-    """Work for the models' thread that is no batch."""
+    """Work for the models' first thread that is no batch."""
 
     def __init__(self, work: Callable[[], None]) -> None:
         self.work, self.done = work, threading.Event()
@@ -26,12 +27,13 @@ class _Call:
 
 
 class Batcher:
-    """The bounded queue before one device, whose models live on this batcher's own thread.
+    """The bounded queue before one device, whose models live on this batcher's own threads.
 
-    `start` runs there and returns the first model (see `Target`); `until_started` waits for it. A batch is for one
-    model: that of the picture that came first. `extra_delay` (seconds) waits for a fuller batch, counted from the
-    oldest picture. A bulk picture counts as having come `bulk_patience` seconds later than it did: it yields, but never
-    starves.
+    `start` runs on the first of them and returns the first model (see `Target`); `until_started` waits for it. A batch
+    is for one model: that of the picture that came first. `extra_delay` (seconds) waits for a fuller batch, counted
+    from the oldest picture. A bulk picture counts as having come `bulk_patience` seconds later than it did: it yields,
+    but never starves. `threads`, asked once `start` is done, says how many batches are judged at once; before each,
+    `launching` hears on its thread whether there is nothing but one picture to judge.
     """
 
     def __init__(
@@ -42,6 +44,8 @@ class Batcher:
         queue_size: int = 64,
         extra_delay: float = 0.0,
         bulk_patience: float = 0.5,
+        threads: Callable[[], int] = lambda: 1,
+        launching: Callable[[bool], None] = lambda _: None,
         on_batch: Callable[[int], None] = lambda _: None,
         on_lost: Callable[[Exception], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
@@ -52,21 +56,23 @@ class Batcher:
         self._queue_size = queue_size
         self._extra_delay = extra_delay
         self._bulk_patience = bulk_patience
+        self._launching = launching
         self._on_batch = on_batch
         self._on_lost = on_lost
         self._changed = threading.Condition()
         self._interactive: deque[Ticket] = deque()
         self._bulk: deque[Ticket] = deque()
         self._places_taken = 0
-        self._running: list[Ticket] = []
+        self._running: dict[int, list[Ticket]] = {}
         self._calls: deque[_Call] = deque()
         self._batch_seconds = 0.0
         self._draining = False
         self._lost = False
         self._error: Exception | None = None
         self._started = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="model", daemon=True)
-        self._thread.start()
+        self._at_once = threads
+        self._threads: list[threading.Thread] = []
+        self._add_thread(self._begin)
 
     def until_started(self) -> None:
         """Wait until the first batch can be judged; raises whatever prevented it."""
@@ -97,13 +103,14 @@ class Batcher:
         return Reservation(self, places, bulk=bulk, deadline=deadline)
 
     def run(self, work: Callable[[], None]) -> None:
-        """Do something on the models' thread, between two batches; raises what it raises, or `NotAccepted`."""
+        """Do something on the models' first thread, between two of its batches; raises what it raises, or
+        `NotAccepted`."""
         call = _Call(work)
         with self._changed:
             if self._lost or self._draining:
                 raise NotAccepted("failed" if self._lost else "draining")
             self._calls.append(call)
-            self._changed.notify()
+            self._changed.notify_all()
         call.done.wait()
         if call.error is not None:
             raise call.error
@@ -120,15 +127,17 @@ class Batcher:
 
     def close(self, timeout: float | None = None) -> bool:
         """Refuse new requests, finish the accepted ones; False if that took longer than `timeout` seconds."""
+        until = None if timeout is None else time.monotonic() + timeout
         self.drain()
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
+        for thread in self._threads:
+            thread.join(None if until is None else max(0.0, until - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
     def drain(self) -> None:
         """Refuse new requests from now on, without waiting for the accepted ones."""
         with self._changed:
             self._draining = True
-            self._changed.notify()
+            self._changed.notify_all()
 
     def enqueue(
         self,
@@ -139,10 +148,11 @@ class Batcher:
         bulk: bool,
         deadline: float | None,
         also: Also | None = None,
+        wake: Callable[[], None] | None = None,
     ) -> Ticket:
         """Queue a picture on a reserved place; `Reservation.submit` calls this."""
         ticket = Ticket(self, image, target, heatmap=heatmap, bulk=bulk, deadline=deadline, entered=self.clock())
-        ticket.also = also
+        ticket.also, ticket.wake = also, wake
         with self._changed:
             if self._lost:
                 self._places_taken -= 1
@@ -156,7 +166,7 @@ class Batcher:
         """Free reserved places that will not be used; `Reservation` calls this."""
         with self._changed:
             self._places_taken -= places
-            self._changed.notify()
+            self._changed.notify_all()
 
     def cancel(self, ticket: Ticket, outcome: NotScored) -> None:
         """Settle a ticket early; a waiting one leaves the queue at once."""
@@ -165,44 +175,57 @@ class Batcher:
             if ticket in lane:
                 lane.remove(ticket)
                 self._places_taken -= 1
-                self._changed.notify()
+                self._changed.notify_all()
             ticket.settle(outcome)
 
     def _wait_for(self, places: int) -> float:
-        batches = math.ceil(places / self._max_batch) + bool(self._running)
-        return batches * self._batch_seconds
+        batches = math.ceil(places / self._max_batch) + len(self._running)
+        return batches * self._batch_seconds / len(self._threads)
 
-    def _work(self) -> None:
+    def _add_thread(self, work: Callable[[], None]) -> None:
+        thread = threading.Thread(target=work, name=f"model-{len(self._threads)}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _begin(self) -> None:
         try:
             self._first = Target(*self._start())
+            for number in range(1, self._at_once()):
+                self._add_thread(partial(self._work, number))
         except Exception as error:
             self._lost, self._error = True, error
             return
         finally:
             self._started.set()
+        self._work(0)
+
+    def _work(self, number: int) -> None:
         try:
-            while batch := self._next_batch():
+            while batch := self._next_batch(number):
+                self._launching(len(batch) == 1 and len(self._running) == 1 and not self._places_taken)
                 self._judge_batch(batch)
                 with self._changed:
-                    self._running = []
-        except Exception as error:  # whatever it is, nobody may be left waiting for this thread
+                    del self._running[number]
+                    if self._draining:
+                        self._changed.notify_all()
+        except Exception as error:  # whatever it is, nobody may be left waiting for these threads
             self._lose(error)
 
-    def _next_batch(self) -> list[Ticket]:
-        """Sleep until there is something to launch; an empty list means drained or lost."""
+    def _next_batch(self, number: int) -> list[Ticket]:
+        """Sleep until there is something for this thread to launch; an empty list means drained or lost."""
         with self._changed:
             while True:
                 waiting = len(self._interactive) + len(self._bulk)
-                if self._calls:
+                if self._calls and number == 0:
                     self._make(self._calls.popleft())
                     continue
                 if self._lost or (self._draining and not self._places_taken):
                     return []
                 hold = self._hold(waiting) if waiting else None
                 if hold is not None and hold <= 0:
-                    self._running = self._take()
-                    if self._running:
-                        return self._running
+                    if taken := self._take():
+                        self._running[number] = taken
+                        return taken
                 else:
                     self._changed.wait(hold)
 
@@ -225,11 +248,13 @@ class Batcher:
 
     def _take(self) -> list[Ticket]:
         """Dequeue up to a batch for one model, dropping the expired; whoever came first goes first, bulk counting as
-        later. Pictures for other models keep their places."""
+        later. Pictures for other models keep their places, and other idle threads get their share."""
         now = self.clock()
+        idle = len(self._threads) - len(self._running)
+        size = min(self._max_batch, -(-(len(self._interactive) + len(self._bulk)) // idle))
         taken: list[Ticket] = []
         passed: list[Ticket] = []
-        while len(taken) < self._max_batch and (self._interactive or self._bulk):
+        while len(taken) < size and (self._interactive or self._bulk):
             ticket = self._first_lane().popleft()
             if ticket.deadline is not None and ticket.deadline <= now:
                 self._places_taken -= 1
@@ -309,7 +334,8 @@ class Batcher:
             self._interactive.clear()
             self._bulk.clear()
             self._places_taken -= len(waiting)
-        self._settle_lost([*self._running, *waiting])
+        running = [ticket for batch in self._running.values() for ticket in batch]
+        self._settle_lost([*running, *waiting])
         self._on_lost(error)
 
     @staticmethod

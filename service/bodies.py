@@ -1,6 +1,7 @@
 """Reading a request's JSON body or query as one of the types in `asked`, and answering JSON."""
 
 import json
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any, TypeVar
@@ -29,8 +30,13 @@ def body_of(kind: type[_S]) -> _S:
 
 def query_of(kind: type[_S]) -> _S:
     """The request's query; raises `Problem` for a parameter that there is not, or that is given twice."""
+    return parsed_query(kind, request.args.items(multi=True))
+
+
+def parsed_query(kind: type[_S], pairs: Iterable[tuple[str, str]]) -> _S:
+    """As `query_of`, of the names and values in a query."""
     found: dict[str, Any] = {}
-    for name, value in request.args.items(multi=True):
+    for name, value in pairs:
         if name not in kind.model_fields:
             known = ", ".join(kind.model_fields)
             message = f"there is no parameter {name[:40]!r}; there are {known}"

@@ -23,6 +23,7 @@ CODES: dict[str, Code] = {
     "unknown_parameter": Code(_BAD, "Leave it out, or mend its name; the message lists those that there are."),
     "bad_content_length": Code(_BAD, "Send Content-Length as a number of bytes."),
     "incomplete_body": Code(_BAD, "Send the body again, whole."),
+    "slow_body": Code(HTTPStatus.REQUEST_TIMEOUT, "Send the body faster: 16 KiB a second at the least."),
     "bad_deadline": Code(_BAD, "Send X-Deadline-Ms as whole milliseconds from 1 to 600000."),
     "alpha_not_supported": Code(_BAD, "Choose a larger rate, or calibrate with as many normals as the message says."),
     "not_found": Code(_NOT_FOUND, "Mend the address; this page lists them."),

@@ -13,10 +13,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import HTTPException
 
 from service.access import guard, guard_pages
+from service.allowance import Allowance
 from service.bodies import answer
 from service.database import reason_of
 from service.errors import Problem
-from service.keys import Keyring
+from service.keys import Key, Keyring
 from service.logs import REQUESTS, told
 from service.metrics import Metrics
 from service.uploads import discard_body
@@ -32,7 +33,24 @@ _REASONS_BY_CODE = {"too_large": "too_large", "rate_limited": "rate_limited", "t
 """Under which reason the refusal of a whole request is counted; the queue's own are counted where they are made."""
 
 
-def install(app: Flask, metrics: Metrics, keyring: Keyring | None, most_bytes: int, local: bool = False) -> None:
+HEADERS = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+}
+"""Of every answer, but for a page's own policy."""
+TLS_HEADERS = {"Strict-Transport-Security": "max-age=31536000"}
+
+
+def install(
+    app: Flask,
+    metrics: Metrics,
+    keyring: Keyring | None,
+    most_bytes: int,
+    allowance: Allowance,
+    local: bool = False,
+) -> None:
     """Number, time and count every request of `app`, ask for its key where there is a keyring, and let no error leave
     it in any other shape than JSON. Without a keyring pages of other sites are kept out; see `guard_pages` for `local`.
     """
@@ -40,26 +58,21 @@ def install(app: Flask, metrics: Metrics, keyring: Keyring | None, most_bytes: i
     @app.before_request
     def begin() -> None:
         g.started = time.monotonic()
-        g.request_id = _request_id()
+        g.request_id = request_id_of(request.headers.get("X-Request-Id", ""))
 
     if keyring is None:
         guard_pages(app, local)
-    guard(app, keyring, most_bytes)
+    guard(app, keyring, most_bytes, allowance)
 
     @app.after_request
     def end(response: Response) -> Response:
         route = request.url_rule.rule if request.url_rule else "unmatched"
         seconds = time.monotonic() - g.started
-        metrics.request(route, request.method, response.status_code, seconds)
-        if _requests.isEnabledFor(logging.INFO):
-            _requests.info("answered", extra=_told_of(route, response, seconds))
+        size, key = request.content_length, g.get("key")
+        log_request(metrics, g.request_id, request.method, route, response.status_code, seconds, size, key)
         response.headers["X-Request-Id"] = g.request_id
-        response.headers["Cache-Control"] = "no-store"
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        response.headers.setdefault("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
-        response.headers["Referrer-Policy"] = "no-referrer"
-        if request.is_secure:
-            response.headers["Strict-Transport-Security"] = "max-age=31536000"
+        for name, value in HEADERS.items() if not request.is_secure else [*HEADERS.items(), *TLS_HEADERS.items()]:
+            response.headers.setdefault(name, value)
         return response
 
     _answer_errors(app, metrics)
@@ -68,9 +81,7 @@ def install(app: Flask, metrics: Metrics, keyring: Keyring | None, most_bytes: i
 def _answer_errors(app: Flask, metrics: Metrics) -> None:
     @app.errorhandler(Problem)
     def refuse(problem: Problem) -> Response:
-        reason = _REASONS_BY_CODE.get(problem.code) or _REASONS.get(problem.status)
-        if reason:
-            metrics.rejected(reason)
+        count_refusal(metrics, problem)
         discard_body(request.environ)
         return failure(problem)
 
@@ -91,36 +102,69 @@ def _answer_errors(app: Flask, metrics: Metrics) -> None:
 
     @app.errorhandler(Exception)
     def break_down(error: Exception) -> Response:
-        _log.error("a request failed", exc_info=error, extra=told(request_id=g.request_id))
-        message = "a fault of the service, not of the request; its log has the details under this request id"
-        return failure(Problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", message))
+        return failure(broken(error, g.request_id))
 
 
-def _told_of(route: str, response: Response, seconds: float) -> dict[str, Any]:
-    return told(
-        request_id=g.request_id,
-        method=request.method,
-        route=route,
-        status=response.status_code,
-        milliseconds=round(seconds * 1000, 1),
-        bytes=request.content_length,
-        key=g.key.name if g.get("key") else None,
-    )
+def broken(error: Exception, request_id: str) -> Problem:
+    """What a client is told of a fault of the service, which is logged."""
+    _log.error("a request failed", exc_info=error, extra=told(request_id=request_id))
+    message = "a fault of the service, not of the request; its log has the details under this request id"
+    return Problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", message)
+
+
+def count_refusal(metrics: Metrics, problem: Problem) -> None:
+    """Count a request that is refused whole; what the queue refuses is counted where that is done."""
+    reason = _REASONS_BY_CODE.get(problem.code) or _REASONS.get(problem.status)
+    if reason:
+        metrics.rejected(reason)
+
+
+def log_request(
+    metrics: Metrics, request_id: str, method: str, route: str, status: int, seconds: float, size: int | None,
+    key: Key | None,
+) -> None:  # fmt: skip
+    """Count an answered request, and write it down where that is asked for."""
+    metrics.request(route, method, status, seconds)
+    if _requests.isEnabledFor(logging.INFO):
+        fields = told(
+            request_id=request_id,
+            method=method,
+            route=route,
+            status=status,
+            milliseconds=round(seconds * 1000, 1),
+            bytes=size,
+            key=key.name if key else None,
+        )
+        _requests.info("answered", extra=fields)
 
 
 def failure(problem: Problem, results: Sequence[dict[str, Any]] = ()) -> Response:
-    body: dict[str, Any] = {"error": {**problem.body(), "request_id": g.request_id}}
+    """The answer to what is refused, or failed."""
+    body = failure_body(problem, g.request_id)
     if len(results) > 1:
         body["results"] = results
     response = answer(body, problem.status)
-    if problem.retry_after is not None:
-        response.headers["Retry-After"] = str(max(1, math.ceil(problem.retry_after)))
+    response.headers.update(failure_headers(problem))
     return response
 
 
-def _request_id() -> str:
+def failure_body(problem: Problem, request_id: str) -> dict[str, Any]:
+    """The JSON of such an answer."""
+    return {"error": {**problem.body(), "request_id": request_id}}
+
+
+def failure_headers(problem: Problem) -> dict[str, str]:
+    """When to come again, where that may help, and how to ask at all."""
+    found = {}
+    if problem.retry_after is not None:
+        found["Retry-After"] = str(max(1, math.ceil(problem.retry_after)))
+    if problem.status == HTTPStatus.UNAUTHORIZED:
+        found["WWW-Authenticate"] = "Bearer"
+    return found
+
+
+def request_id_of(given: str) -> str:
     """The caller's own id where it is harmless, so that logs on both sides agree; else a new one."""
-    given = request.headers.get("X-Request-Id", "")
     if 1 <= len(given) <= 64 and given.isascii() and given.replace("-", "").replace("_", "").replace(".", "").isalnum():
         return given
     return uuid.uuid4().hex

@@ -5,6 +5,7 @@ after it was started (a process forked after CUDA was initialised cannot use CUD
 Imports of anything heavy are therefore inside functions.
 """
 
+import asyncio
 import errno
 import logging
 import math
@@ -27,10 +28,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from flask import Flask
-
     from anomaly_vae import Detector
     from service.app import Running
+    from service.front import Front
     from service.health import Readiness
     from service.settings import ServiceSettings
 
@@ -53,9 +53,9 @@ def serve(bundle: Path, settings: "ServiceSettings") -> None:
                 "service.process",
                 address=settings.host,
                 port=port,
-                interface=Interfaces.WSGI,
+                interface=Interfaces.RSGI,
                 http=HTTPModes.http1,
-                blocking_threads=settings.threads_for_requests(),
+                websockets=False,
                 backlog=settings.backlog,
                 backpressure=settings.backlog,
                 respawn_failed_workers=True,
@@ -114,7 +114,7 @@ class Place:
         return url.replace("http:", "https:", 1) if self.settings.tls_certificate else url
 
 
-def _until_stopped(server: Any, loader: Callable[[], "Flask"]) -> int:
+def _until_stopped(server: Any, loader: Callable[[], "Front"]) -> int:
     try:
         server.serve(target_loader=loader, wrap_loader=False)
     except SystemExit as stop:
@@ -151,7 +151,7 @@ def _claimed(host: str, port: int, setting: str) -> socket.socket:
     return shared
 
 
-def _load(place: Place, lifeline: Connection, held: Connection, report: Connection) -> "Flask":
+def _load(place: Place, lifeline: Connection, held: Connection, report: Connection) -> "Front":
     """The application, in the worker process; what goes wrong is reported to the command's process, which ends."""
     from anomaly_vae import AnomalyVaeError
 
@@ -159,7 +159,6 @@ def _load(place: Place, lifeline: Connection, held: Connection, report: Connecti
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     held.close()
-    _stop_the_server_once()
     try:
         return _start(place, lifeline)
     except AnomalyVaeError as error:
@@ -172,7 +171,7 @@ def _load(place: Place, lifeline: Connection, held: Connection, report: Connecti
         signal.pause()
 
 
-def _start(place: Place, lifeline: Connection) -> "Flask":
+def _start(place: Place, lifeline: Connection) -> "Front":
     # How long OpenMP's threads spin before they sleep; it is read when torch is first imported. On two cores a picture
     # then takes 4 ms, or 6 beside other programs; without spinning 8 and 4, with ten times more 4 and 30.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
@@ -201,11 +200,12 @@ def _start(place: Place, lifeline: Connection) -> "Flask":
         since=place.started,
     )
     running: Running = app.extensions["running"]
-    _drain_on_signal(readiness, running, lifeline)
+    _drain_first(readiness, running, lifeline)
     # Whatever ends this process, the accepted pictures are judged first.
     multiprocessing.util.Finalize(None, _farewell, args=(running, settings.drain_seconds), exitpriority=1)
     threading.Thread(target=_announce, args=(place, running, readiness), name="announce", daemon=True).start()
-    return app
+    front: Front = app.extensions["front"]
+    return front
 
 
 def _opened(path: Path, device: str) -> "Detector":
@@ -224,47 +224,35 @@ def _give_up(error: Exception) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _stop_the_server_once() -> None:
-    """Pass only the first signal to stop on to granian: told twice, as by Ctrl-C and its parent, it hangs for good."""
+def _drain_first(readiness: "Readiness", running: "Running", lifeline: Connection) -> None:
+    """Be unready from the instant a signal to stop comes, or the command's process is gone (`lifeline` ends); then
+    let granian stop, which is told once: told twice, as by Ctrl-C and its parent, it hangs for good."""
     from granian import _signals
 
-    install: Callable[..., None] = _signals.set_main_signals
+    install: Callable[..., Any] = _signals.set_loop_signals
 
-    def install_once(stop: Callable[[int, Any], None], reload: Callable[[int, Any], None] | None = None) -> None:
-        first = threading.Lock()
+    def install_ours(loop: asyncio.AbstractEventLoop) -> Any:
+        stop = install(loop)
 
-        def handler(number: int, frame: Any) -> None:
-            if first.acquire(blocking=False):
-                stop(number, frame)
+        def drain() -> None:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, lambda: None)
+            readiness.become("draining")
+            running.scorer.drain()
+            stop.set()
 
-        install(handler, reload)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, drain)
+        threading.Thread(target=_watch, args=(lifeline,), name="lifeline", daemon=True).start()
+        return stop
 
-    _signals.set_main_signals = install_once
+    _signals.set_loop_signals = install_ours
 
 
-def _drain_on_signal(readiness: "Readiness", running: "Running", lifeline: Connection) -> None:
-    """Be unready from the instant a signal to stop comes, or the command's process is gone (`lifeline` ends)."""
-    told, tell = socket.socketpair()
-    tell.setblocking(False)
-    signal.set_wakeup_fd(tell.fileno(), warn_on_full_buffer=False)
-
-    def watch() -> None:
-        while lifeline not in wait([lifeline, told]):
-            if {signal.SIGTERM, signal.SIGINT} & set(told.recv(64)):
-                break
-        readiness.become("draining")
-        running.scorer.drain()
-        # The kernel may give a signal to any thread, and handlers run only once the main thread wakes, which nothing
-        # may ever make it do: so the server's handler is called here as well.
-        handler = signal.getsignal(signal.SIGTERM)
-        if callable(handler):
-            handler(signal.SIGTERM, None)
-        else:
-            os.kill(os.getpid(), signal.SIGTERM)
-        while tell and told.recv(64):  # further signals are still written here: both ends stay open and read
-            pass
-
-    threading.Thread(target=watch, name="signals", daemon=True).start()
+def _watch(lifeline: Connection) -> None:
+    """Once the command's process is gone, whatever ended it, end this one as it would have."""
+    wait([lifeline])
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _announce(place: Place, running: "Running", readiness: "Readiness") -> None:

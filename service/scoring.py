@@ -10,7 +10,7 @@ from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from anomaly_vae import BadImage, heatmap_png, regions_json
+from anomaly_vae import BadImage, heatmap_png, pick_device, regions_json
 from service.archives import Entry, too_late
 from service.batching import Batcher
 from service.errors import Problem
@@ -20,7 +20,8 @@ from service.models import Models, Served
 from service.options import Options
 from service.refusals import failed, late, refused
 from service.settings import ServiceSettings
-from service.tickets import Judge, NotAccepted, NotScored, Reservation, Scored, Target, Ticket
+from service.shares import Shares
+from service.tickets import NotAccepted, NotScored, Reservation, Scored, Target, Ticket
 from service.uploads import Upload
 
 if TYPE_CHECKING:
@@ -59,8 +60,9 @@ class Verdict:
 class Scorer:
     """All models behind one queue; `score` may be called from any number of threads.
 
-    `start` is called on the thread that will own the models. Little of them may run elsewhere: a second thread that
-    computes has OpenMP threads of its own, and with more of them than cores every batch takes twice as long.
+    `start` is called on the first of the threads that will own the models. Little of them may run elsewhere: every
+    thread that computes has OpenMP threads of its own, and with more of them than cores every batch takes twice as
+    long. See `Shares` for how many batches are judged at once.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Scorer:
         self.models = models
         self._start_models, self._settings = start, settings
         self._metrics, self._keeper = metrics, keeper
+        self._shares = Shares(settings.compute_threads, settings.batches_at_once, pick_device(settings.device))
         self._decoders = threading.BoundedSemaphore(settings.threads_for_decoding())
         self._batcher = Batcher(
             self._start,
@@ -82,6 +85,8 @@ class Scorer:
             queue_size=settings.queue_size,
             extra_delay=settings.extra_delay_ms / 1000,
             bulk_patience=settings.bulk_patience_ms / 1000,
+            threads=lambda: self._shares.batches,
+            launching=lambda alone: self._shares.take(alone),
             on_batch=metrics.batch,
             on_lost=on_lost,
         )
@@ -89,12 +94,11 @@ class Scorer:
         models.started(self._batcher.run)
         metrics.watch_queue(self._batcher.depth, self._batcher.oldest_seconds)
 
-    def _start(self) -> tuple[Judge, "Tensor"]:
-        import torch
-
-        if self._settings.compute_threads is not None:
-            torch.set_num_threads(self._settings.compute_threads)
-        return self._start_models()
+    def _start(self) -> Target:
+        with self._shares.one():
+            first = self._start_models()
+        self._shares.settle(first)
+        return first
 
     def score(self, files: Sequence[Upload], asked: Asked) -> list[Verdict | Problem]:
         """One outcome a file, in order; raises `Problem` if all are refused.
@@ -112,6 +116,22 @@ class Scorer:
                 if isinstance(ticket, Ticket):
                     ticket.cancel()
             raise
+
+    def begin(self, file: Upload, asked: Asked, wake: Callable[[], None]) -> Ticket:
+        """Have one picture judged without waiting for it; `wake` is called when `finish` need not wait. Raises
+        `Problem`."""
+        with self._places(1, asked) as place:
+            ticket = self._submit(place, file, asked, wake)
+        if isinstance(ticket, Problem):
+            raise ticket
+        return ticket
+
+    def finish(self, ticket: Ticket, file: Upload, asked: Asked) -> Verdict:
+        """The outcome of what was begun; raises `Problem`."""
+        outcome = self._outcome(ticket, file, asked)
+        if isinstance(outcome, Problem):
+            raise outcome
+        return outcome
 
     def score_in_turn(
         self, entries: Iterable[Entry], asked: Asked
@@ -192,7 +212,9 @@ class Scorer:
             self._metrics.rejected(refusal.reason, count)
             raise too_late() if in_turn and refusal.reason == "deadline" else refused(refusal) from None
 
-    def _submit(self, places: Reservation, file: Upload, asked: Asked) -> Ticket | Problem:
+    def _submit(
+        self, places: Reservation, file: Upload, asked: Asked, wake: Callable[[], None] | None = None
+    ) -> Ticket | Problem:
         served = asked.served
         try:
             image = self._timed("decode", asked.deadline, lambda: served.prepare(file.data))
@@ -205,7 +227,7 @@ class Scorer:
             places.skip()
             return problem
         also = partial(_explained, served) if asked.options.explain else None
-        return places.submit(image, served.target, heatmap=asked.options.heat != "none", also=also)
+        return places.submit(image, served.target, heatmap=asked.options.heat != "none", also=also, wake=wake)
 
     def _outcome(self, ticket: Ticket | Problem, file: Upload, asked: Asked) -> Verdict | Problem:
         if isinstance(ticket, Problem):

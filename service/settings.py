@@ -62,9 +62,11 @@ class ServiceSettings(Spec):
     log_requests: bool = False
 
     compute_threads: int | None = Field(default=None, ge=1, le=1024)
+    batches_at_once: int | None = Field(default=None, ge=1, le=64)
     decode_threads: int | None = Field(default=None, ge=1, le=1024)
     request_threads: int | None = Field(default=None, ge=1, le=4096)
     backlog: int = Field(default=1024, ge=128, le=65535)
+    body_seconds: float = Field(default=20.0, ge=1.0, le=3600.0)
     drain_seconds: float = Field(default=30.0, ge=1.0, le=3600.0)
 
     @field_validator("models")

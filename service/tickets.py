@@ -93,6 +93,7 @@ class Queue(Protocol):
         bulk: bool,
         deadline: float | None,
         also: "Also | None" = None,
+        wake: "Callable[[], None] | None" = None,
     ) -> "Ticket": ...
     def give_back(self, places: int) -> None: ...
     def cancel(self, ticket: "Ticket", outcome: NotScored) -> None: ...
@@ -113,6 +114,7 @@ class Ticket:
         "heatmap",
         "image",
         "target",
+        "wake",
     )
 
     def __init__(
@@ -137,6 +139,7 @@ class Ticket:
         self.deadline = deadline
         self.entered = entered
         self.also: Also | None = None
+        self.wake: Callable[[], None] | None = None
 
     def result(self) -> Scored:
         """Wait until judged or until the deadline; raises `NotScored`."""
@@ -167,6 +170,8 @@ class Ticket:
         else:
             self._scored = outcome
         self._done.set()
+        if self.wake is not None:
+            self.wake()
 
 
 class Reservation:
@@ -179,15 +184,22 @@ class Reservation:
         self._deadline = deadline
 
     def submit(
-        self, image: "Tensor", target: Target | None = None, *, heatmap: bool = False, also: "Also | None" = None
+        self,
+        image: "Tensor",
+        target: Target | None = None,
+        *,
+        heatmap: bool = False,
+        also: "Also | None" = None,
+        wake: Callable[[], None] | None = None,
     ) -> Ticket:
         """Queue one uint8 (C, H, W) picture on one of the places; for the first model unless another is given.
 
-        `also` is asked with the picture and its row, on the models' thread, once it is judged.
+        `also` is asked with the picture and its row, on a thread of the models, once it is judged. `wake` is called on
+        any thread when `result` need not be waited for, and must not wait itself.
         """
         assert self._left > 0, "more pictures than places were reserved"
         ticket = self._batcher.enqueue(
-            image, target, heatmap=heatmap, bulk=self._bulk, deadline=self._deadline, also=also
+            image, target, heatmap=heatmap, bulk=self._bulk, deadline=self._deadline, also=also, wake=wake
         )
         self._left -= 1
         return ticket

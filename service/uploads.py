@@ -107,7 +107,7 @@ def uploads(body: bytes, content_type: str | None, max_files: int) -> list[Uploa
             raise Problem(HTTPStatus.BAD_REQUEST, "no_files", "the form holds no file; send one with -F file=@part.png")
         return found
     # curl --data-binary calls any file a urlencoded form; the bytes themselves tell what they are.
-    if not kind or kind.startswith("image/") or kind in _RAW_KINDS:
+    if not kind or kind.startswith("image/") or kind in RAW_KINDS:
         return [Upload(None, body)]
     raise Problem(
         HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
@@ -116,7 +116,7 @@ def uploads(body: bytes, content_type: str | None, max_files: int) -> list[Uploa
     )
 
 
-_RAW_KINDS = frozenset({"application/octet-stream", "binary/octet-stream", "application/x-www-form-urlencoded"})
+RAW_KINDS = frozenset({"application/octet-stream", "binary/octet-stream", "application/x-www-form-urlencoded"})
 
 
 def _multipart(body: bytes, boundary: str, max_files: int) -> Iterator[Upload]:
@@ -180,8 +180,21 @@ def _chunks(environ: dict[str, Any], limit: int) -> Iterator[bytes]:
         while limit > 0 and (chunk := stream.read(min(CHUNK, limit))):
             limit -= len(chunk)
             yield chunk
+    except TimeoutError:
+        raise slow_body() from None
     except OSError:
-        raise Problem(HTTPStatus.BAD_REQUEST, "incomplete_body", "the connection broke inside the body") from None
+        raise broken_body() from None
+
+
+def slow_body() -> Problem:
+    """For a body that does not come as fast as it must."""
+    message = "the body came too slowly; send it faster, or raise body_seconds"
+    return Problem(HTTPStatus.REQUEST_TIMEOUT, "slow_body", message)
+
+
+def broken_body() -> Problem:
+    """For one that broke off."""
+    return Problem(HTTPStatus.BAD_REQUEST, "incomplete_body", "the connection broke inside the body")
 
 
 def discard_body(environ: dict[str, Any]) -> None:

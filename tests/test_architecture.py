@@ -67,7 +67,7 @@ LIBRARY = [
 ]
 SERVICE = [
     {"errors", "settings", "ids", "schema", "database", "tickets", "logs", "codes"},
-    {"batching", "metrics", "uploads", "keys", "archives", "store", "auditing", "refusals"},
+    {"batching", "shares", "bridge", "metrics", "uploads", "keys", "archives", "store", "auditing", "refusals"},
     {"alarms"},
     {"recorder", "decisions", "alarm_gauges", "reviewing", "allowance", "keys_command", "store_command", "bodies"},
     {"access", "policies", "asked"},
@@ -77,6 +77,8 @@ SERVICE = [
     {"scoring", "models_api", "verdicts_api", "alarms_api"},
     {"health", "streaming"},
     {"api"},
+    {"quick"},
+    {"front"},
     {"app"},
     {"process"},
     {"demo"},

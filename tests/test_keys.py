@@ -47,7 +47,7 @@ def ring(tmp_path):
 def client(ring):
     app = Flask("guarded")
     metrics = Metrics(CollectorRegistry())
-    install(app, metrics, ring[0], 1000)
+    install(app, metrics, ring[0], 1000, Allowance())
 
     @app.get("/open")
     @needs(None)
