@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from anomaly_vae.images import ImageSpec as ImageSpec
     from anomaly_vae.images import decode as decode
     from anomaly_vae.images import encode_png as encode_png
+    from anomaly_vae.overlaying import overlay_png as overlay_png
     from anomaly_vae.recipe import DetectorSpec as DetectorSpec
     from anomaly_vae.regions import regions_json as regions_json
     from anomaly_vae.rendering import heatmap_png as heatmap_png
@@ -64,6 +65,7 @@ _HOME = {
     "dump_yaml": "spec",
     "encode_png": "images",
     "heatmap_png": "rendering",
+    "overlay_png": "overlaying",
     "override": "spec",
     "parse_yaml": "spec",
     "pick_device": "engine",

@@ -35,6 +35,7 @@ from anomaly_vae.asking import (
     Mode,
     Moment,
     Picture,
+    Style,
     cut_off,
     get,
     line_of,
@@ -76,6 +77,7 @@ class AsyncClient(Connected[httpx.AsyncClient]):
         heatmap: Heat = "none",
         parts: bool = True,
         explain: bool = False,
+        reconstruction: bool = False,
         deadline: float | None = None,
     ) -> Scores:
         """Score pictures (bytes, paths, or names with bytes) in one request; a bad one has an `error` in its place.
@@ -83,7 +85,8 @@ class AsyncClient(Connected[httpx.AsyncClient]):
         Raises `ServiceError` where none could be scored. `deadline`: seconds, retries and all. A picture whose answer
         was lost is sent again, and then counts twice in what the service keeps.
         """
-        wanted = {"model": model, "alpha": alpha, "heatmap": heatmap, "parts": parts, "explain": explain}
+        wanted = {"model": model, "alpha": alpha, "heatmap": heatmap, "parts": parts, "explain": explain,
+                  "reconstruction": reconstruction}  # fmt: skip
         return await self._do(await asyncio.to_thread(to_score, pictures, wanted, deadline))
 
     async def score_one(
@@ -95,10 +98,12 @@ class AsyncClient(Connected[httpx.AsyncClient]):
         heatmap: Heat = "none",
         parts: bool = True,
         explain: bool = False,
+        reconstruction: bool = False,
         deadline: float | None = None,
     ) -> Scored:
         """Score a picture; as `score`, and a picture that cannot be scored raises `ServiceError`."""
-        wanted = {"model": model, "alpha": alpha, "heatmap": heatmap, "parts": parts, "explain": explain}
+        wanted = {"model": model, "alpha": alpha, "heatmap": heatmap, "parts": parts, "explain": explain,
+                  "reconstruction": reconstruction}  # fmt: skip
         return only_one(await self._do(await asyncio.to_thread(to_score, [picture], wanted, deadline)))
 
     async def score_archive(
@@ -110,6 +115,7 @@ class AsyncClient(Connected[httpx.AsyncClient]):
         heatmap: Heat = "none",
         parts: bool = True,
         explain: bool = False,
+        reconstruction: bool = False,
         deadline: float | None = None,
     ) -> AsyncIterator[Scored | Unscored]:
         """Score the pictures of a zip, tar or tar.gz, each outcome as it comes, in the archive's order.
@@ -117,7 +123,8 @@ class AsyncClient(Connected[httpx.AsyncClient]):
         Raises `ServiceError` where the archive was not finished, which is after what was scored. Nothing is sent again
         once there was an outcome. Close the iterator (`contextlib.aclosing`) to end the work early.
         """
-        wanted = {"model": model, "alpha": alpha, "heatmap": heatmap, "parts": parts, "explain": explain}
+        wanted = {"model": model, "alpha": alpha, "heatmap": heatmap, "parts": parts, "explain": explain,
+                  "reconstruction": reconstruction}  # fmt: skip
         sent = Archive(Path(archive), wanted, deadline)
         turns = self._turns(sent.ask)
         began: Answer | None = None
@@ -230,9 +237,9 @@ class AsyncClient(Connected[httpx.AsyncClient]):
         """What the model saw of its picture, as PNG, where it was kept."""
         return await self._do(get(verdict_path(verdict, "/image"), bytes))
 
-    async def heatmap(self, verdict: str) -> bytes:
-        """The heat map of its picture, as PNG, where the picture was kept."""
-        return await self._do(get(verdict_path(verdict, "/heatmap"), bytes))
+    async def heatmap(self, verdict: str, *, style: Style = "png") -> bytes:
+        """The heat map of its picture, as PNG, where the picture was kept; `overlay`: the picture itself under it."""
+        return await self._do(get(verdict_path(verdict, "/heatmap"), bytes, {"style": style}))
 
     async def forget(self, verdict: str, *, picture_only: bool = False) -> int:
         """Forget a verdict with its picture and feedback, or the picture alone; how many there are no longer."""

@@ -39,6 +39,7 @@ from anomaly_vae.asking import (
     Mode,
     Moment,
     Picture,
+    Style,
     cut_off,
     get,
     line_of,
@@ -134,6 +135,7 @@ class Client(Connected[httpx.Client]):
         heatmap: Heat = "none",
         parts: bool = True,
         explain: bool = False,
+        reconstruction: bool = False,
         deadline: float | None = None,
     ) -> Scores:
         """Score pictures (bytes, paths, or names with bytes) in one request; a bad one has an `error` in its place.
@@ -141,7 +143,8 @@ class Client(Connected[httpx.Client]):
         Raises `ServiceError` where none could be scored. `deadline`: seconds, retries and all. A picture whose answer
         was lost is sent again, and then counts twice in what the service keeps.
         """
-        wanted = {"model": model, "alpha": alpha, "heatmap": heatmap, "parts": parts, "explain": explain}
+        wanted = {"model": model, "alpha": alpha, "heatmap": heatmap, "parts": parts, "explain": explain,
+                  "reconstruction": reconstruction}  # fmt: skip
         return self._do(to_score(pictures, wanted, deadline))
 
     def score_one(
@@ -153,10 +156,12 @@ class Client(Connected[httpx.Client]):
         heatmap: Heat = "none",
         parts: bool = True,
         explain: bool = False,
+        reconstruction: bool = False,
         deadline: float | None = None,
     ) -> Scored:
         """Score a picture; as `score`, and a picture that cannot be scored raises `ServiceError`."""
-        wanted = {"model": model, "alpha": alpha, "heatmap": heatmap, "parts": parts, "explain": explain}
+        wanted = {"model": model, "alpha": alpha, "heatmap": heatmap, "parts": parts, "explain": explain,
+                  "reconstruction": reconstruction}  # fmt: skip
         return only_one(self._do(to_score([picture], wanted, deadline)))
 
     def score_archive(
@@ -168,6 +173,7 @@ class Client(Connected[httpx.Client]):
         heatmap: Heat = "none",
         parts: bool = True,
         explain: bool = False,
+        reconstruction: bool = False,
         deadline: float | None = None,
     ) -> Iterator[Scored | Unscored]:
         """Score the pictures of a zip, tar or tar.gz, each outcome as it comes, in the archive's order.
@@ -175,7 +181,8 @@ class Client(Connected[httpx.Client]):
         Raises `ServiceError` where the archive was not finished, which is after what was scored. Nothing is sent again
         once there was an outcome. Close the iterator (`contextlib.closing`) to end the work early.
         """
-        wanted = {"model": model, "alpha": alpha, "heatmap": heatmap, "parts": parts, "explain": explain}
+        wanted = {"model": model, "alpha": alpha, "heatmap": heatmap, "parts": parts, "explain": explain,
+                  "reconstruction": reconstruction}  # fmt: skip
         sent = Archive(Path(archive), wanted, deadline)
         turns = self._turns(sent.ask)
         began: Answer | None = None
@@ -280,9 +287,9 @@ class Client(Connected[httpx.Client]):
         """What the model saw of its picture, as PNG, where it was kept."""
         return self._do(get(verdict_path(verdict, "/image"), bytes))
 
-    def heatmap(self, verdict: str) -> bytes:
-        """The heat map of its picture, as PNG, where the picture was kept."""
-        return self._do(get(verdict_path(verdict, "/heatmap"), bytes))
+    def heatmap(self, verdict: str, *, style: Style = "png") -> bytes:
+        """The heat map of its picture, as PNG, where the picture was kept; `overlay`: the picture itself under it."""
+        return self._do(get(verdict_path(verdict, "/heatmap"), bytes, {"style": style}))
 
     def forget(self, verdict: str, *, picture_only: bool = False) -> int:
         """Forget a verdict with its picture and feedback, or the picture alone; how many there are no longer."""

@@ -193,6 +193,16 @@ class Detector:
             raise BundleError("this bundle keeps nothing to explain by; train it again with this version")
         return self.normals.explanations(self.members[0], masked(images, self.image), parts)
 
+    def reconstruct(self, images: Tensor, classes: Sequence[str] | None = None) -> Tensor | None:
+        """What the first model of pixels makes of uint8 images (B, C, H, W): uint8, in the size that it sees them in.
+
+        None where all models are of features. `classes` as for `judge`.
+        """
+        with torch.inference_mode():
+            batch = Batch(masked(images, self.image), self.numbers_of(classes))
+            made = self.members[0].reconstruct(self.spec, batch)
+            return None if made is None else (made * 255).round().to(torch.uint8).cpu()
+
     @property
     def wants_classes(self) -> bool:
         """Whether `judge` must be told the class of every image."""

@@ -15,6 +15,7 @@ from service.archives import BLOCK, archive_kind
 from service.asked import ScoreWanted
 from service.bodies import answer, query_of
 from service.codes import FOR_PICTURES
+from service.drawing import Style
 from service.edge import failure
 from service.errors import Problem
 from service.keys import Role
@@ -33,7 +34,7 @@ USAGE = """anomaly-vae: is this picture like the normal ones? Model {name}, vers
   curl --data-binary @picture.jpg {url}v1/score               one picture
   curl -F file=@a.jpg -F file=@b.jpg {url}v1/score            several
   curl --data-binary @many.zip {url}v1/score                  a zip, tar or tar.gz; answers line by line
-  curl --data-binary @picture.jpg '{url}v1/score?heatmap=png' with a heat map (base64 PNG), boxes around what is hot
+  curl --data-binary @picture.jpg '{url}v1/score?heatmap=overlay'  with what is odd painted over (base64 PNG)
   curl --data-binary @picture.jpg '{url}v1/score?alpha=0.01'  judged at another rate of false alarms, this once
 
 A result has `outlier` (the verdict), `p_value` (share of normal pictures at least as unusual) and `score` (higher is
@@ -64,7 +65,7 @@ class ScorePages:
         settings = self._settings
         wanted = query_of(ScoreWanted)
         served = self._scorer.models.pick(wanted.model)
-        options = Options.of(wanted, served)
+        options = Options.of(wanted, served, named=g.key is None or g.key.role >= Role.READ)
         archive = archive_kind(peek(request.environ, BLOCK, settings.most_bytes()), request.mimetype)
         longest = settings.archive_deadline_ms if archive else settings.deadline_ms
         deadline = g.started + _deadline_ms(longest) / 1000
@@ -77,12 +78,12 @@ class ScorePages:
         self._metrics.stage("read", time.monotonic() - started)
         return _scored(served.shown, files, self._scorer.score(files, asked))
 
-    def heatmap(self, row: RowMapping, png: bytes) -> bytes:
+    def heatmap(self, row: RowMapping, png: bytes, style: Style) -> bytes:
         """That of a kept verdict, by the version that made it, whatever normals rank it now; raises `Problem`."""
         served = self._scorer.models.that_scored(row["model"], row["version"])
         image = served.detector.image
         seen = decode(png, ImageSpec(height=image.height, width=image.width, channels=image.channels))
-        return self._scorer.heatmap(served, seen, g.started + self._settings.deadline_ms / 1000)
+        return self._scorer.heatmap(served, seen, png, style, g.started + self._settings.deadline_ms / 1000)
 
 
 def _scored(model: dict[str, str], files: Sequence[Upload], outcomes: Sequence[Verdict | Problem]) -> Response:
@@ -102,8 +103,8 @@ def _result(name: str | None, outcome: Verdict | Problem) -> dict[str, Any]:
     if isinstance(outcome, Problem):
         return {**found, "error": outcome.body()}
     found = {"id": outcome.id, **found, **outcome.row}
-    if outcome.heatmap is not None:
-        found["heatmap_png"] = base64.b64encode(outcome.heatmap).decode("ascii")
+    for picture, png in outcome.pictures.items():
+        found[picture] = None if png is None else base64.b64encode(png).decode("ascii")
     return found
 
 

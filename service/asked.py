@@ -77,14 +77,22 @@ Flag = Annotated[bool, BeforeValidator(_a_flag)]
 
 
 class ScoreWanted(Spec):
-    """`heatmap`: boxes around what is hot, or those and a PNG. `alpha`: judge this reply at another rate of false
-    alarms. `parts`: every score beside the fused one. `explain`: why."""
+    """`heatmap`: boxes around what is hot, or those and a PNG: the map over a grey picture (`png`), or the picture
+    itself under what is hot in it (`overlay`). `alpha`: judge this reply at another rate of false alarms. `parts`:
+    every score beside the fused one. `explain`: why. `reconstruction`: what the model made of the picture."""
 
     model: Name | None = None
-    heatmap: Literal["none", "regions", "png"] = "none"
+    heatmap: Literal["none", "regions", "png", "overlay"] = "none"
     alpha: Share | None = None
     parts: Flag = True
     explain: Flag = False
+    reconstruction: Flag = False
+
+
+class HeatmapWanted(Spec):
+    """`style`: the map over a grey picture (`png`), or the picture itself under what is hot in it (`overlay`)."""
+
+    style: Literal["png", "overlay"] = "png"
 
 
 class PolicyWanted(Body):

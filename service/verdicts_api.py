@@ -15,10 +15,11 @@ from sqlalchemy import Connection, RowMapping
 
 from anomaly_vae.answers import Forgotten, Rates, ReviewPage, Verdict, VerdictPage
 from service import ids
-from service.asked import FeedbackWanted, ForgetWanted, RatesWanted, ReviewWanted, VerdictsWanted
+from service.asked import FeedbackWanted, ForgetWanted, HeatmapWanted, RatesWanted, ReviewWanted, VerdictsWanted
 from service.auditing import note
 from service.bodies import answer, body_of, moment, query_of, who
 from service.codes import FOR_THE_QUEUE
+from service.drawing import Style
 from service.errors import Problem
 from service.keys import Role
 from service.reviewing import Contradiction, Reviews, UnknownVerdict
@@ -36,7 +37,7 @@ class VerdictPages:
     """Routes on what the store holds; `heatmap` draws that of a verdict's row and kept picture, or raises `Problem`."""
 
     def __init__(
-        self, store: Store, heatmap: Callable[[RowMapping, bytes], bytes], flush: Callable[[float], bool]
+        self, store: Store, heatmap: Callable[[RowMapping, bytes, Style], bytes], flush: Callable[[float], bool]
     ) -> None:
         self._store, self._heatmap, self._flush = store, heatmap, flush
         self._reviews = Reviews(store.database)
@@ -57,7 +58,7 @@ class VerdictPages:
                   codes=found),
             Route("GET", picture, read, self.image, "What the model saw of its picture", png, codes=seen),
             Route("DELETE", picture, admin, self.forget_image, "Forget its picture alone", Forgotten, codes=seen),
-            Route("GET", "/v1/verdicts/<verdict>/heatmap", read, self.heat, "Its heat map", png,
+            Route("GET", "/v1/verdicts/<verdict>/heatmap", read, self.heat, "Its heat map", png, HeatmapWanted,
                   codes=(*seen, "version_gone", *FOR_THE_QUEUE)),
             Route("GET", "/v1/rates", read, self.rates, "Outlier rates over time", Rates, RatesWanted,
                   codes=("store_down",)),
@@ -124,7 +125,8 @@ class VerdictPages:
             raise Problem(HTTPStatus.SERVICE_UNAVAILABLE, "store_down", message, retry_after=5.0)
 
     def heat(self, verdict: str) -> Response:
-        return Response(self._heatmap(*_picture(self._store, verdict)), mimetype="image/png")
+        style = query_of(HeatmapWanted).style
+        return Response(self._heatmap(*_picture(self._store, verdict), style), mimetype="image/png")
 
     def rates(self) -> Response:
         asked = query_of(RatesWanted)
