@@ -181,6 +181,14 @@ class ModelList(Reply):
     bundles: list[str]
 
 
+class Retired(Reply):
+    """Which versions of a model are in memory no more, and which still are."""
+
+    name: str
+    retired: list[str]
+    loaded: list[str]
+
+
 class PolicyRevision(Reply):
     """One decision on the policy; all None: the bundle's own."""
 
@@ -221,11 +229,15 @@ class Recalibrated(Reply):
 
 
 class Ranking(Reply):
-    """`flagged_normals`: the share of the reviewed normals that is flagged, to be held against the expected rate."""
+    """`flagged_normals`: the share of the reviewed normals that is flagged, to be held against the expected rate.
+
+    `band`: where the rate lies nine times in ten; null where the pictures may belong together, or with K-fold.
+    """
 
     version: str
     normals: Count
     expected_false_alarm_rate: Share
+    band: tuple[Share, Share] | None
     flagged_normals: Share | None
 
 

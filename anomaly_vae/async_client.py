@@ -19,6 +19,7 @@ from anomaly_vae.answers import (
     Rates,
     Ready,
     Recalibrated,
+    Retired,
     ReviewPage,
     Scored,
     Scores,
@@ -168,6 +169,10 @@ class AsyncClient(Connected[httpx.AsyncClient]):
         """Answer by the bundle before again."""
         return await self._do(load(model_path(model, ":rollback"), Model))
 
+    async def retire(self, model: str, version: str | None = None) -> Retired:
+        """Forget a version that is not active, or (without one) a whole model, and free its memory."""
+        return await self._do(post(model_path(model, ":retire"), Retired, version=version))
+
     async def policy(self, model: str) -> PolicyBook:
         """The policy in force, and what was decided before."""
         return await self._do(get(model_path(model, "/policy"), PolicyBook))
@@ -198,10 +203,13 @@ class AsyncClient(Connected[httpx.AsyncClient]):
         return await self._do(post(model_path(model, "/policy:rollback"), PolicyBook))
 
     async def recalibrate(
-        self, model: str, *, minimum: int = 100, preview: bool = False, undo: bool = False
+        self, model: str, *, minimum: int = 100, preview: bool = False, undo: bool = False, independent: bool = False
     ) -> Recalibrated:
-        """Rank among the normals found in review, at least `minimum` of them; `preview`: only tell what would be."""
-        wanted = {"minimum": minimum, "preview": preview, "undo": undo}
+        """Rank among the normals found in review, at least `minimum` of them; `preview`: only tell what would be.
+
+        `independent`: that no two of them belong together, so that a band may be claimed.
+        """
+        wanted = {"minimum": minimum, "preview": preview, "undo": undo, "independent": independent}
         return await self._do(post(model_path(model, ":recalibrate"), Recalibrated, **wanted))
 
     async def verdicts(

@@ -23,6 +23,7 @@ from anomaly_vae.answers import (
     Rates,
     Ready,
     Recalibrated,
+    Retired,
     ReviewPage,
     Scored,
     Scores,
@@ -225,6 +226,10 @@ class Client(Connected[httpx.Client]):
         """Answer by the bundle before again."""
         return self._do(load(model_path(model, ":rollback"), Model))
 
+    def retire(self, model: str, version: str | None = None) -> Retired:
+        """Forget a version that is not active, or (without one) a whole model, and free its memory."""
+        return self._do(post(model_path(model, ":retire"), Retired, version=version))
+
     def policy(self, model: str) -> PolicyBook:
         """The policy in force, and what was decided before."""
         return self._do(get(model_path(model, "/policy"), PolicyBook))
@@ -252,9 +257,14 @@ class Client(Connected[httpx.Client]):
         """Judge by the policy before again."""
         return self._do(post(model_path(model, "/policy:rollback"), PolicyBook))
 
-    def recalibrate(self, model: str, *, minimum: int = 100, preview: bool = False, undo: bool = False) -> Recalibrated:
-        """Rank among the normals found in review, at least `minimum` of them; `preview`: only tell what would be."""
-        wanted = {"minimum": minimum, "preview": preview, "undo": undo}
+    def recalibrate(
+        self, model: str, *, minimum: int = 100, preview: bool = False, undo: bool = False, independent: bool = False
+    ) -> Recalibrated:
+        """Rank among the normals found in review, at least `minimum` of them; `preview`: only tell what would be.
+
+        `independent`: that no two of them belong together, so that a band may be claimed.
+        """
+        wanted = {"minimum": minimum, "preview": preview, "undo": undo, "independent": independent}
         return self._do(post(model_path(model, ":recalibrate"), Recalibrated, **wanted))
 
     def verdicts(

@@ -185,6 +185,7 @@ class Batcher:
                 self._judge_batch(batch)
                 with self._changed:
                     self._running = []
+                del batch  # or it would keep its model in memory until the next one comes
         except Exception as error:  # whatever it is, nobody may be left waiting for this thread
             self._lose(error)
 

@@ -4,10 +4,10 @@ import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-from anomaly_vae import encode_png
+from anomaly_vae import content_hash, encode_png
 from service.ids import Ids, shown
-from service.models import Served
 from service.recorder import Pending, Recorder
+from service.served import Served
 from service.store import Record
 from service.uploads import Upload
 
@@ -44,7 +44,7 @@ class Keeper:
         number = self._ids.next()
         if self.recorder is None:
             return shown(number)
-        drawn = self._chance.random() < self._share and not served.own.has_seen(file.data)
+        drawn = self._chance.random() < self._share and not served.detector.has_seen(file.data)
         record = Record(
             id=number,
             request=request,
@@ -60,6 +60,7 @@ class Keeper:
             expected=served.policy.expected_false_alarm_rate,
             parts=row["parts"],
             drawn=drawn,
+            content=content_hash(file.data) if drawn else None,
         )
         wanted = self._images == "all" or (self._images == "outliers" and (row["outlier"] or drawn))
         self.recorder.put(Pending(record, _drawing(image), image.numel()) if wanted else Pending(record))

@@ -9,8 +9,8 @@ from anomaly_vae import CalibrationError, Detector
 from service.asked import ScoreWanted
 from service.decisions import PolicyChoice
 from service.errors import Problem
-from service.models import Served
 from service.policies import InForce
+from service.served import Served
 from service.tickets import Also
 
 if TYPE_CHECKING:

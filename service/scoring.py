@@ -17,9 +17,10 @@ from service.drawing import Style, heat_png, pictures
 from service.errors import Problem
 from service.keeping import Keeper
 from service.metrics import Metrics
-from service.models import Models, Served
+from service.models import Models
 from service.options import Options
 from service.refusals import failed, late, refused
+from service.served import Served
 from service.settings import ServiceSettings
 from service.tickets import Judge, NotAccepted, NotScored, Reservation, Target, Ticket
 from service.uploads import Upload

@@ -66,11 +66,13 @@ LIBRARY = [
     {"__main__"},
 ]
 SERVICE = [
-    {"errors", "settings", "ids", "schema", "database", "tickets", "logs", "codes"},
-    {"batching", "metrics", "uploads", "keys", "archives", "store", "auditing", "refusals"},
+    {"errors", "settings", "ids", "schema", "database", "tickets", "logs", "codes", "memory"},
+    {"batching", "metrics", "uploads", "keys", "archives", "store", "auditing", "refusals", "loading"},
     {"recorder", "decisions", "reviewing", "allowance", "keys_command", "store_command", "bodies"},
     {"access", "policies", "asked"},
-    {"models", "routes", "edge"},
+    {"served", "routes", "edge"},
+    {"shelf"},
+    {"models"},
     {"openapi"},
     {"options", "keeping"},
     {"drawing"},

@@ -20,7 +20,7 @@ from archiving import tarred, zipped
 from serving import Server, running, started
 
 from anomaly_vae import AsyncClient, Client, ConfigError, DataError, Detector, Retries, ServiceError
-from anomaly_vae.answers import Forgotten, Scored, Unscored
+from anomaly_vae.answers import Forgotten, Retired, Scored, Unscored
 from anomaly_vae.asking import Answer, Ask
 from anomaly_vae.retrying import Turns
 from service.keys import KeyFile, Role, made
@@ -126,6 +126,9 @@ def test_the_whole_interface(client, pictures, tiny_bundle):
     loaded = client.load("second", name, activate=True)
     assert loaded.version == version
     assert client.activate("second", version).name == "second"
+    assert client.retire("second") == Retired(name="second", retired=[version], loaded=[])
+    with pytest.raises(ServiceError, match="not loaded"):
+        client.retire(name, "0123456789ab")
     with pytest.raises(ServiceError) as caught:
         client.rollback(name)
     assert (caught.value.code, caught.value.status) == ("nothing_before", 409)
