@@ -23,8 +23,9 @@ from service.front import Front
 from service.health import HealthPages, Readiness
 from service.keeping import Keeper
 from service.keys import Keyring
+from service.loading import Loading
 from service.metrics import Metrics
-from service.models import Models, Served
+from service.models import Models
 from service.models_api import ModelPages
 from service.openapi import Described
 from service.pages import WebPages
@@ -32,8 +33,10 @@ from service.quick import Quick
 from service.recorder import Recorder
 from service.routes import PathPart, Route, blueprint
 from service.scoring import Scorer
+from service.served import Bundles, Served
 from service.sessions import Sessions
 from service.settings import ServiceSettings
+from service.shelf import Told
 from service.store import Kept, Store
 from service.verdicts_api import VerdictPages
 from service.watching import Watching
@@ -67,11 +70,15 @@ class Running:
         return finished, kept
 
 
+def _unchecked(path: Path) -> Detector:
+    return Detector.load(path, checked=False)
+
+
 def create_app(
     settings: ServiceSettings,
     name: str,
     load: Callable[[], Detector],
-    open_bundle: Callable[[Path], Detector] = Detector.load,
+    open_bundle: Callable[[Path], Detector] = _unchecked,
     *,
     store: Store | None = None,
     readiness: Readiness | None = None,
@@ -83,9 +90,10 @@ def create_app(
     server calls (see `Front`).
 
     `load` returns the first detector, of the bundle `name`, and is called on the models' own thread; `open_bundle`
-    loads others by name. A given `readiness` is left to the caller to make ready; without one the application is ready
-    at once. `on_lost` is called when no model can judge any more and the process should end. `since`: when the command
-    was started (seconds since 1970), where this process may not be its first.
+    loads others by name, whose probes are then scored on that thread. A given `readiness` is left to the caller to make
+    ready; without one the application is ready at once. `on_lost` is called when no model can judge any more and the
+    process should end. `since`: when the command was started (seconds since 1970), where this process may not be its
+    first.
     """
     keyring = Keyring(settings.keys) if settings.keys else None
     stands, registry = readiness or Readiness(), registry or CollectorRegistry()
@@ -108,7 +116,9 @@ def create_app(
         if watching is not None:
             watching.in_force(served)
 
-    models = Models(engine, open_bundle, settings.models, store.database if store else None, in_force, since)
+    bundles = Bundles(settings.models, open_bundle, engine, settings.device, settings.max_batch, time.time)
+    told, loading = Told(in_force, metrics.gone), Loading(settings.load_seconds)
+    models = Models(bundles, store.database if store else None, told, loading, since)
     keeper = Keeper(recorder, store.worker if store else 0, settings.source, settings.images, settings.review_share)
     model = settings.model or name
     scorer = Scorer(models, lambda: models.start(model, name, load()), settings, metrics, keeper, lost)

@@ -77,14 +77,22 @@ Flag = Annotated[bool, BeforeValidator(_a_flag)]
 
 
 class ScoreWanted(Spec):
-    """`heatmap`: boxes around what is hot, or those and a PNG. `alpha`: judge this reply at another rate of false
-    alarms. `parts`: every score beside the fused one. `explain`: why."""
+    """`heatmap`: boxes around what is hot, or those and a PNG: the map over a grey picture (`png`), or the picture
+    itself under what is hot in it (`overlay`). `alpha`: judge this reply at another rate of false alarms. `parts`:
+    every score beside the fused one. `explain`: why. `reconstruction`: what the model made of the picture."""
 
     model: Name | None = None
-    heatmap: Literal["none", "regions", "png"] = "none"
+    heatmap: Literal["none", "regions", "png", "overlay"] = "none"
     alpha: Share | None = None
     parts: Flag = True
     explain: Flag = False
+    reconstruction: Flag = False
+
+
+class HeatmapWanted(Spec):
+    """`style`: the map over a grey picture (`png`), or the picture itself under what is hot in it (`overlay`)."""
+
+    style: Literal["png", "overlay"] = "png"
 
 
 class PolicyWanted(Body):
@@ -122,14 +130,26 @@ class ActivateWanted(Body):
     version: str = Field(min_length=1, max_length=16)
 
 
+class RetireWanted(Body):
+    """A version that is not active; without one the whole model, unless it is the default one."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"version": "858e1c0ce8f6"}]})
+
+    version: str | None = Field(None, min_length=1, max_length=16)
+
+
 class RecalibrateWanted(Body):
-    """`minimum`: so many reviewed normals it takes. `preview`: only tell. `undo`: back to the bundle's own."""
+    """`minimum`: so many reviewed normals it takes. `preview`: only tell. `undo`: back to the bundle's own.
+
+    `independent`: that no two of the reviewed pictures belong together (one of each part, say), which feedback does not
+    tell; only then a band is claimed, and the mode `guaranteed` can be kept."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"preview": True}]})
 
     minimum: Whole = Field(100, ge=20, le=1_000_000)
     preview: bool = False
     undo: bool = False
+    independent: bool = False
 
 
 class FeedbackWanted(Body):

@@ -200,7 +200,7 @@ def _start(place: Place, lifeline: Connection) -> "Front":
         settings,
         place.bundle.resolve().name,
         lambda: _opened(place.bundle, settings.device),
-        lambda path: _opened(path, settings.device),
+        lambda path: _opened(path, settings.device, checked=False),
         store=Store(place_of_store) if place_of_store else None,
         readiness=readiness,
         registry=registry,
@@ -216,11 +216,11 @@ def _start(place: Place, lifeline: Connection) -> "Front":
     return front
 
 
-def _opened(path: Path, device: str) -> "Detector":
-    """A bundle's detector; raises `ConfigError` for one whose scores take seconds a picture."""
+def _opened(path: Path, device: str, checked: bool = True) -> "Detector":
+    """A bundle's detector; raises `ConfigError` for one whose scores take seconds a picture. `checked`: see `load`."""
     from anomaly_vae import ConfigError, Detector, pick_device
 
-    detector = Detector.load(path, pick_device(device))
+    detector = Detector.load(path, pick_device(device), checked)
     if detector.spec.offline:
         raise ConfigError(f"{path} holds scores too slow for a service (offline: true); use anomaly-vae scan")
     return detector

@@ -18,6 +18,7 @@ from service.database import Database
 from service.schema import FEEDBACK, PICTURES, REVIEWS, VERDICTS
 
 Floats = npt.NDArray[np.float64]
+Hashes = npt.NDArray[np.uint64]
 
 LABELS = {"false_alarm": True, "confirmed": True, "missed": False, "normal": False, "unclear": None}
 """What may be said, and whether only of outliers (True), of others (False), or of all (None)."""
@@ -36,12 +37,13 @@ class Contradiction(Exception):
 @dataclass(frozen=True)
 class Reviewed:
     """Verdicts drawn by chance under some versions: how many, how many of them a person judged without leaving one
-    out, how many of those are unclear, and the scores of those that are normal."""
+    out, how many of those are unclear, and of those that are normal the scores and the files' hashes, where known."""
 
     drawn: int
     judged: int
     unclear: int
     normal_scores: Floats
+    normal_files: Hashes
 
 
 class Reviews:
@@ -93,13 +95,17 @@ class Reviews:
 
     def reviewed(self, model: str, versions: list[str]) -> Reviewed:
         """What reviews under these versions of a model found, up to the first that nobody judged: beyond it somebody
-        may have picked."""
+        may have picked. A file that was sent again counts once."""
         ours = (REVIEWS.c.model == model, REVIEWS.c.version.in_(versions))
         label = func.coalesce(FEEDBACK.c.label, REVIEWS.c.label)
-        said = select(REVIEWS.c.score, label).outerjoin(FEEDBACK, FEEDBACK.c.id == REVIEWS.c.id)
+        said = select(REVIEWS.c.score, label, REVIEWS.c.content).outerjoin(FEEDBACK, FEEDBACK.c.id == REVIEWS.c.id)
         with self._database.reading() as connection:
-            found = [(score, label) for score, label in connection.execute(said.where(*ours).order_by(REVIEWS.c.id))]
+            rows = [tuple(row) for row in connection.execute(said.where(*ours).order_by(REVIEWS.c.id))]
+        first = {content: i for i, (*_, content) in reversed(list(enumerate(rows))) if content is not None}
+        found = [row for i, row in enumerate(rows) if first.get(row[2], i) == i]
         judged = list(takewhile(lambda one: one[1] is not None, found))
-        scores = [score for score, label in judged if label in NORMAL]
-        unclear = sum(label in ("unclear", "forgotten") for _, label in judged)
-        return Reviewed(len(found), len(judged), unclear, np.asarray(scores, np.float64))
+        normal = [(score, content) for score, label, content in judged if label in NORMAL]
+        unclear = sum(label in ("unclear", "forgotten") for _, label, _ in judged)
+        scores = np.array([score for score, _ in normal], np.float64)
+        files = np.array([content % (1 << 64) for _, content in normal if content is not None], np.uint64)
+        return Reviewed(len(found), len(judged), unclear, scores, files)

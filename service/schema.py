@@ -18,6 +18,7 @@ from sqlalchemy import (
     Table,
     Text,
     insert,
+    inspect,
     select,
     text,
 )
@@ -76,9 +77,11 @@ REVIEWS = Table(
     _version(),
     Column("score", Double, nullable=False),
     Column("label", String(64)),
+    Column("content", BigInteger),
 )
 """Verdicts drawn for review by chance alone. They stay when a verdict is forgotten, `label` with what was said of it:
-what is left of a sample once outliers are taken out is no sample."""
+what is left of a sample once outliers are taken out is no sample. `content`: the hash of the file, as a signed number;
+null where it was forgotten."""
 
 FEEDBACK = Table(
     "feedback",
@@ -164,8 +167,11 @@ CALIBRATIONS = _decision(
     Column("base", String(16), nullable=False),
     _version(),
     Column("scores", LargeBinary),
+    Column("seen", LargeBinary),
+    Column("independent", Boolean),
 )
-"""`base`: the bundle's version. `scores`: little-endian float64; null: the bundle's own calibration."""
+"""`base`: the bundle's version. `scores`: little-endian float64; null: the bundle's own calibration. `seen`: hashes of
+these pictures, little-endian uint64. `independent`: that no two of them belong together; null: nobody said so."""
 
 ALARMS = Table(
     "alarms",
@@ -206,11 +212,25 @@ def _create(*tables: Table) -> Callable[[Connection], None]:
     return step
 
 
+def _widen(*columns: Column[Any]) -> Callable[[Connection], None]:
+    """Add what tables lack; those that an earlier step has just made have it already."""
+
+    def step(connection: Connection) -> None:
+        for column in columns:
+            known = {found["name"] for found in inspect(connection).get_columns(column.table.name)}
+            if column.name not in known:
+                kind = column.type.compile(connection.dialect)
+                connection.execute(text(f'ALTER TABLE {column.table.name} ADD COLUMN "{column.name}" {kind}'))
+
+    return step
+
+
 STEPS: tuple[Callable[[Connection], None], ...] = (
     _create(VERDICTS, PICTURES, REVIEWS, FEEDBACK, RATES, HISTOGRAMS, WORKERS, AUDIT),
     _create(POLICIES, ACTIVATIONS, CALIBRATIONS),
     _create(ALARMS),
     _create(SESSIONS),
+    _widen(REVIEWS.c.content, CALIBRATIONS.c.seen, CALIBRATIONS.c.independent),
 )
 """Step k makes version k of version k - 1. A released one is never changed: a further one adds what a table lacks."""
 

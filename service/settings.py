@@ -30,6 +30,7 @@ class ServiceSettings(Spec):
     tls_key: Path | None = None
 
     models: Path | None = None
+    load_seconds: float = Field(default=300.0, ge=0.1, le=3600.0)
     model: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     source: str = Field(default="default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     device: str = "auto"

@@ -27,8 +27,8 @@ _CHUNK = 1000
 class Record:
     """One verdict to be kept. `expected`: the share of normal pictures that the policy takes for outliers.
 
-    `drawn`: for review, by chance alone. `png`: what the model saw of the picture, where it is kept. `latents`: for the
-    alarms, and not kept.
+    `drawn`: for review, by chance alone, and then `content` is the hash of the file. `png`: what the model saw of the
+    picture, where it is kept. `latents`: for the alarms, and not kept.
     """
 
     id: int
@@ -45,6 +45,7 @@ class Record:
     expected: float
     parts: dict[str, float | None]
     drawn: bool = False
+    content: int | None = None
     png: bytes | None = None
     latents: tuple[float, ...] = ()
 
@@ -286,7 +287,9 @@ def _row(record: Record) -> dict[str, Any]:
 
 
 def _review(record: Record) -> dict[str, Any]:
-    return {"id": record.id, "model": record.model, "version": record.version, "score": record.score}
+    content = None if record.content is None else record.content - (1 << 64) * (record.content >> 63)
+    row = {"id": record.id, "model": record.model, "version": record.version, "score": record.score}
+    return {**row, "content": content}
 
 
 def _rates(records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -311,6 +314,7 @@ def _detach_reviews(connection: Connection, numbers: list[int]) -> None:
     said = select(FEEDBACK.c.label).where(FEEDBACK.c.id == REVIEWS.c.id).scalar_subquery()
     ours = REVIEWS.c.id.in_(numbers) & REVIEWS.c.label.is_(None)
     connection.execute(update(REVIEWS).where(ours).values(label=func.coalesce(said, "forgotten")))
+    connection.execute(update(REVIEWS).where(REVIEWS.c.id.in_(numbers)).values(content=None))
 
 
 def _bin(p_value: float) -> int:

@@ -15,10 +15,11 @@ from sqlalchemy import Connection, RowMapping
 
 from anomaly_vae.answers import Forgotten, Rates, ReviewPage, Verdict, VerdictPage, VerdictRegions
 from service import ids
-from service.asked import FeedbackWanted, ForgetWanted, RatesWanted, ReviewWanted, VerdictsWanted
+from service.asked import FeedbackWanted, ForgetWanted, HeatmapWanted, RatesWanted, ReviewWanted, VerdictsWanted
 from service.auditing import note
 from service.bodies import answer, body_of, moment, query_of, who
 from service.codes import FOR_THE_QUEUE
+from service.drawing import Style
 from service.errors import Problem
 from service.keys import Role
 from service.reviewing import Contradiction, Reviews, UnknownVerdict
@@ -41,7 +42,7 @@ class VerdictPages:
     def __init__(
         self,
         store: Store,
-        heatmap: Callable[[RowMapping, bytes], bytes],
+        heatmap: Callable[[RowMapping, bytes, Style], bytes],
         flush: Callable[[float], bool],
         regions: Callable[[RowMapping, bytes], dict[str, Any]],
     ) -> None:
@@ -64,7 +65,7 @@ class VerdictPages:
                   codes=found),
             Route("GET", picture, read, self.image, "What the model saw of its picture", png, codes=seen),
             Route("DELETE", picture, admin, self.forget_image, "Forget its picture alone", Forgotten, codes=seen),
-            Route("GET", "/v1/verdicts/<verdict>/heatmap", read, self.heat, "Its heat map", png,
+            Route("GET", "/v1/verdicts/<verdict>/heatmap", read, self.heat, "Its heat map", png, HeatmapWanted,
                   codes=(*seen, "version_gone", *FOR_THE_QUEUE)),
             Route("GET", "/v1/verdicts/<verdict>/regions", read, self.hot, "Boxes around what is hot in it",
                   VerdictRegions, codes=(*seen, "version_gone", *FOR_THE_QUEUE)),
@@ -133,7 +134,8 @@ class VerdictPages:
             raise Problem(HTTPStatus.SERVICE_UNAVAILABLE, "store_down", message, retry_after=5.0)
 
     def heat(self, verdict: str) -> Response:
-        return Response(self._heatmap(*_picture(self._store, verdict)), mimetype="image/png")
+        style = query_of(HeatmapWanted).style
+        return Response(self._heatmap(*_picture(self._store, verdict), style), mimetype="image/png")
 
     def hot(self, verdict: str) -> Response:
         return answer(self._regions(*_picture(self._store, verdict)))

@@ -81,6 +81,7 @@ def test_every_answer_is_as_the_document_says(server, document, digits_folder):
     ask = Checked(server, document)
     pictures = [path.read_bytes() for path in sorted((digits_folder / "8").iterdir())[:12]]
     files = [("file", (f"{i}.png", data)) for i, data in enumerate([*pictures, b"text"])]
+    ask("POST", "/v1/score?heatmap=overlay&reconstruction=true&explain=true", 200, files=files)
     results = ask("POST", "/v1/score?heatmap=png", 200, files=files).json()["results"]
     assert any(result.get("regions") for result in results)
     odd = next(result["id"] for result in results if result.get("outlier"))
@@ -114,6 +115,7 @@ def test_every_answer_is_as_the_document_says(server, document, digits_folder):
 
     loaded = ask("POST", "/v1/models/second:load", 200, json={"bundle": "other", "activate": True}).json()
     ask("POST", "/v1/models/second:activate", 200, json={"version": loaded["version"]})
+    ask("POST", "/v1/models/second:retire", 200, json={})
     ask("POST", "/v1/models/tiny:rollback", 409)
     ask("PUT", "/v1/models/tiny/policy", 200, json={"alpha": 0.1})
     ask("POST", "/v1/models/tiny/policy:preview", 200, json={"threshold": 1.0, "last": 20.0})
@@ -142,6 +144,8 @@ def refuse(ask: Checked, one: str) -> None:
     ask("POST", "/v1/models/a:load", 404, json={"bundle": "nobody"})
     ask("POST", "/v1/models/a:activate", 409, json={"version": "1"})
     ask("POST", "/v1/models/tiny:recalibrate", 409, json={"minimum": 1000})
+    ask("POST", "/v1/models/tiny:retire", 409, json={})
+    ask("POST", "/v1/models/tiny:retire", 400, json={"version": ""})
     for wrong in ({"alpha": "0.1"}, {"alpha": 5e-324}, {"alpha": 0.1, "threshold": 1}, {"beta": 1}):
         ask("PUT", "/v1/models/tiny/policy", 400, json=wrong)
     ask("PUT", "/v1/models/tiny/policy", 200, json={"alpha": 1 - 1e-15})
