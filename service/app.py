@@ -16,6 +16,7 @@ from anomaly_vae import Detector, Engine
 from service.api import ScorePages
 from service.edge import install
 from service.health import HealthPages, Readiness
+from service.ids import Ids
 from service.keeping import Keeper
 from service.keys import Keyring
 from service.metrics import Metrics
@@ -29,6 +30,7 @@ from service.settings import ServiceSettings
 from service.store import Kept, Store
 from service.verdicts_api import VerdictPages
 
+from service.upkeep import Upkeep
 _log = logging.getLogger(__name__)
 _LOOK_SECONDS = 1.0
 """How often a process asks the store whether another one decided anything."""
@@ -43,6 +45,7 @@ class Running:
     store: Store | None
     ending: threading.Event
 
+    upkeep: Upkeep | None
     def close(self, timeout: float) -> tuple[bool, bool]:
         """Finish what was accepted, and keep what is to be kept; whether both were done in so many seconds."""
         until = time.monotonic() + timeout
@@ -55,6 +58,8 @@ class Running:
             kept = ended and not self.recorder.standing()["lost_verdicts"]
         if self.store is not None and kept:
             self.store.close()
+        if self.upkeep is not None:
+            self.upkeep.close()
         return finished, kept
 
 
@@ -97,10 +102,12 @@ def create_app(
         lambda served: metrics.in_force(served.name, served.version, served.policy.expected_false_alarm_rate),
         since,
     )  # fmt: skip
-    keeper = Keeper(recorder, store.worker if store else 0, settings.source, settings.images, settings.review_share)
+    ids = Ids()
+    upkeep = Upkeep(store, ids) if store else None
+    keeper = Keeper(recorder, ids, settings.source, settings.images, settings.review_share)
     model = settings.model or name
     scorer = Scorer(models, lambda: models.start(model, name, load()), settings, metrics, keeper, lost)
-    running = Running(scorer, recorder, store, threading.Event())
+    running = Running(scorer, recorder, store, upkeep, threading.Event())
     if store is not None:
         threading.Thread(target=_follow, args=(models, running.ending), name="follower", daemon=True).start()
     if recorder is not None:
@@ -109,7 +116,7 @@ def create_app(
     app.url_map.strict_slashes = False
     app.url_map.converters["default"] = PathPart
     install(app, metrics, keyring, settings.max_request_bytes, local=not settings.allow_remote)
-    groups = _groups(running, settings, metrics)
+    groups = _groups(running, settings, metrics, ids)
     groups["Health"] = HealthPages(stands, registry).routes()
     described = Described(groups, secured=keyring is not None)
     routes = [*described.routes(), *(route for group in groups.values() for route in group)]
@@ -120,7 +127,7 @@ def create_app(
     return app
 
 
-def _groups(running: Running, settings: ServiceSettings, metrics: Metrics) -> dict[str, list[Route]]:
+def _groups(running: Running, settings: ServiceSettings, metrics: Metrics, ids: Ids) -> dict[str, list[Route]]:
     """All routes of the product, by what they are about."""
     scores, store = ScorePages(running.scorer, settings, metrics), running.store
     groups = {"Pictures": scores.routes(), "Models and policies": ModelPages(running.scorer.models, store).routes()}
@@ -133,7 +140,8 @@ def _recorder(store: Store | None, settings: ServiceSettings, metrics: Metrics) 
     if store is None:
         return None
     picture_bytes = None if settings.picture_megabytes is None else settings.picture_megabytes << 20
-    kept = Kept(settings.verdict_days, settings.picture_days, picture_bytes)
+    counted = settings.minute_counts_days, settings.hour_counts_days
+    kept = Kept(settings.verdict_days, settings.picture_days, picture_bytes, *counted)
     return Recorder(store, metrics, kept, settings.flush_ms / 1000, settings.store_buffer)
 
 

@@ -19,7 +19,7 @@ from service.models import Models, Served
 from service.policies import InForce
 from service.reviewing import Reviewed, Reviews
 from service.routes import Route
-from service.store import Store, Wanted
+from service.store import Store
 
 _LOOKING = ("unknown_model", "no_store", "store_down")
 _READING = ("bundle_replaced", "no_models_folder", "unknown_bundle", "bad_bundle")
@@ -96,10 +96,9 @@ class ModelPages:
     def preview(self, model: str) -> Response:
         asked, served = body_of(PreviewWanted), self._models.pick(model)
         policy = _policy_of(served, PolicyChoice(asked.alpha, asked.mode, asked.threshold))
-        rows = self._kept().verdicts(Wanted(model=model), limit=asked.last)
         ours = self._versions(served)
-        scores = [row["score"] for row in rows if row["version"] in ours]
-        ranks = [row["p_value"] for row in rows if row["version"] in ours]
+        rows = [row for row in self._kept().ranks(model, asked.last) if row[0] in ours]
+        scores, ranks = [score for _, score, _ in rows], [rank for _, _, rank in rows]
         if not served.detector.calibration.crossed:
             # Of versions that were ranked otherwise.
             ranks = served.detector.calibration.p_values(scores).tolist() if scores else []

@@ -6,7 +6,6 @@ all, normal ones are not like the normal ones of the stream.
 
 import time
 from dataclasses import dataclass
-from itertools import takewhile
 
 import numpy as np
 import numpy.typing as npt
@@ -72,6 +71,7 @@ class Reviews:
                 connection.execute(insert(FEEDBACK), {"id": number, **row})
             else:
                 connection.execute(update(FEEDBACK).where(own).values(**row))
+            connection.execute(update(REVIEWS).where(REVIEWS.c.id == number).values(label=label))
             note(connection, by, "feedback", ids.shown(number), before, label)
         return before
 
@@ -82,8 +82,7 @@ class Reviews:
         query = (
             select(REVIEWS.c.id, REVIEWS.c.model, has_picture, VERDICTS.c.filename)
             .join(VERDICTS, VERDICTS.c.id == REVIEWS.c.id)
-            .outerjoin(FEEDBACK, FEEDBACK.c.id == REVIEWS.c.id)
-            .where(FEEDBACK.c.id.is_(None))
+            .where(REVIEWS.c.label.is_(None))
             .order_by(REVIEWS.c.id)
             .limit(limit)
         )
@@ -94,12 +93,14 @@ class Reviews:
     def reviewed(self, model: str, versions: list[str]) -> Reviewed:
         """What reviews under these versions of a model found, up to the first that nobody judged: beyond it somebody
         may have picked."""
-        ours = (REVIEWS.c.model == model, REVIEWS.c.version.in_(versions))
-        label = func.coalesce(FEEDBACK.c.label, REVIEWS.c.label)
-        said = select(REVIEWS.c.score, label).outerjoin(FEEDBACK, FEEDBACK.c.id == REVIEWS.c.id)
+        r = REVIEWS.c
+        ours = (r.model == model, r.version.in_(versions))
         with self._database.reading() as connection:
-            found = [(score, label) for score, label in connection.execute(said.where(*ours).order_by(REVIEWS.c.id))]
-        judged = list(takewhile(lambda one: one[1] is not None, found))
+            drawn = connection.scalar(select(func.count()).select_from(REVIEWS).where(*ours)) or 0
+            unjudged = connection.scalar(select(func.min(r.id)).where(*ours, r.label.is_(None)))
+            said = select(r.score, r.label).where(*ours).order_by(r.id)
+            said = said if unjudged is None else said.where(r.id < unjudged)
+            judged = [(score, label) for score, label in connection.execute(said)]
         scores = [score for score, label in judged if label in NORMAL]
         unclear = sum(label in ("unclear", "forgotten") for _, label in judged)
-        return Reviewed(len(found), len(judged), unclear, np.asarray(scores, np.float64))
+        return Reviewed(drawn, len(judged), unclear, np.asarray(scores, np.float64))
