@@ -56,12 +56,12 @@ class Running:
             # A store that is well takes a moment for what waits, however late the pictures were done.
             ended = self.recorder.close(max(5.0, until - time.monotonic()))
             kept = ended and not self.recorder.standing()["lost_verdicts"]
-        if self.store is not None and kept:
-            self.store.close()
         if self.upkeep is not None:
             self.upkeep.close()
         return finished, kept
 
+        if self.store is not None and kept:
+            self.store.close()
 
 def create_app(
     settings: ServiceSettings,

@@ -60,6 +60,7 @@ CODES: dict[str, Code] = {
     "too_many_entries": Code(_LARGE, "Split the archive."),
     "expands_too_much": Code(_LARGE, "Split the archive, or send its pictures as they are."),
     "too_many_archives": Code(_MANY, "Wait for Retry-After."),
+    "too_many_exports": Code(_MANY, "Wait for Retry-After; others are being read."),
     "no_room": Code(HTTPStatus.INSUFFICIENT_STORAGE, "Try again later, or split the archive."),
     # Load and time
     "queue_full": Code(_MANY, "Wait for Retry-After."),
