@@ -25,12 +25,14 @@ from service.models_api import ModelPages
 from service.openapi import Described
 from service.recorder import Recorder
 from service.routes import PathPart, Route, blueprint
+from service.scans import KeptScans, Scans
+from service.scans_api import ScanPages
 from service.scoring import Scorer
 from service.settings import ServiceSettings
 from service.store import Kept, Store
+from service.upkeep import Upkeep
 from service.verdicts_api import VerdictPages
 
-from service.upkeep import Upkeep
 _log = logging.getLogger(__name__)
 _LOOK_SECONDS = 1.0
 """How often a process asks the store whether another one decided anything."""
@@ -43,9 +45,9 @@ class Running:
     scorer: Scorer
     recorder: Recorder | None
     store: Store | None
+    upkeep: Upkeep | None
     ending: threading.Event
 
-    upkeep: Upkeep | None
     def close(self, timeout: float) -> tuple[bool, bool]:
         """Finish what was accepted, and keep what is to be kept; whether both were done in so many seconds."""
         until = time.monotonic() + timeout
@@ -58,10 +60,10 @@ class Running:
             kept = ended and not self.recorder.standing()["lost_verdicts"]
         if self.upkeep is not None:
             self.upkeep.close()
-        return finished, kept
-
         if self.store is not None and kept:
             self.store.close()
+        return finished, kept
+
 
 def create_app(
     settings: ServiceSettings,
@@ -132,7 +134,9 @@ def _groups(running: Running, settings: ServiceSettings, metrics: Metrics, ids: 
     scores, store = ScorePages(running.scorer, settings, metrics), running.store
     groups = {"Pictures": scores.routes(), "Models and policies": ModelPages(running.scorer.models, store).routes()}
     if store is not None and running.recorder is not None:
-        groups["Verdicts"] = VerdictPages(store, scores.heatmap, running.recorder.flush).routes()
+        groups["Verdicts"] = VerdictPages(store, scores.heatmap, running.recorder.flush, settings.max_exports).routes()
+        scans = Scans(store.database, KeptScans(settings.max_scans, settings.scan_days))
+        groups["Scans"] = ScanPages(scans, ids, settings.source, settings.max_report_bytes).routes()
     return groups
 
 

@@ -84,6 +84,9 @@ CODES: dict[str, Code] = {
     "contradiction": Code(_CONFLICT, "Use a label that fits the verdict; the message lists them."),
     "unknown_verdict": Code(_NOT_FOUND, "Look again in a moment, or at GET /v1/verdicts."),
     "no_picture": Code(_NOT_FOUND, "Have more pictures kept: settings images, picture_days, review_share."),
+    "unknown_scan": Code(_NOT_FOUND, "Use an id of GET /v1/scans."),
+    "no_report": Code(_NOT_FOUND, "Send one: PUT /v1/scans/ID/report."),
+    "not_yours": Code(HTTPStatus.FORBIDDEN, "Use the key that told of the scan, or one with the role admin."),
     "version_gone": Code(HTTPStatus.GONE, "Load the bundle that made the verdict."),
     "store_down": Code(_BUSY, "Wait until /ready says that the store is back."),
     # The service
