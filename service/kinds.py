@@ -35,8 +35,8 @@ class Kinds:
         """The numbers of these records' kinds, new ones among them; to be told to `learn` once that is committed."""
         wanted = {key_of(record) for record in records}
         found = {key: self._known[key] for key in wanted if key in self._known}
-        # In ascending order, so that processes that meet the same ones never wait for each other in a circle.
-        for key in sorted(wanted - set(found)):
+        # In one order, so that processes that meet the same ones never wait for each other in a circle.
+        for key in sorted(wanted - set(found), key=repr):
             model, source, outlier, high = key
             row = {"model": model, "source": source, "outlier": outlier, "low": _low(high), "high": high}
             connection.execute(or_nothing(connection, KINDS), row)
