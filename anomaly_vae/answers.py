@@ -356,6 +356,32 @@ class AlarmList(Reply):
     alarms: list[Alarm]
 
 
+class Scan(Reply):
+    """A scan of a whole folder, as its command told of it. `expected_rate`: of outliers, were all pictures normal."""
+
+    id: VerdictId
+    name: str
+    model: str
+    version: str
+    source: str
+    by: str
+    started: datetime
+    finished: datetime
+    scored: Count
+    failed: Count
+    outliers: Count
+    expected_rate: Share
+    alpha: Share
+    has_report: bool
+
+
+class ScanPage(Reply):
+    """Scans, the newest first; `next` is the cursor of the next page, None on the last."""
+
+    scans: list[Scan]
+    next: VerdictId | None
+
+
 class Change(Reply):
     """What somebody changed."""
 

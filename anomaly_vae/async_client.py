@@ -54,11 +54,12 @@ from anomaly_vae.asking import (
     verdict_path,
 )
 from anomaly_vae.client import Connected, answer_of
+from anomaly_vae.scan_calls import AsyncScanCalls
 
 _T = TypeVar("_T")
 
 
-class AsyncClient(Connected[httpx.AsyncClient]):
+class AsyncClient(AsyncScanCalls, Connected[httpx.AsyncClient]):
     """A service, asked from one event loop by any number of tasks. To be closed, or used as a context manager."""
 
     _kind = httpx.AsyncClient

@@ -59,6 +59,7 @@ from anomaly_vae.asking import (
 )
 from anomaly_vae.errors import ConfigError
 from anomaly_vae.retrying import Retries, Turns
+from anomaly_vae.scan_calls import ScanCalls
 
 _T = TypeVar("_T")
 _Http = TypeVar("_Http", httpx.Client, httpx.AsyncClient)
@@ -116,7 +117,7 @@ def answer_of(response: httpx.Response, content: bytes = b"") -> Answer:
     return Answer(response.status_code, {name.lower(): value for name, value in response.headers.items()}, content)
 
 
-class Client(Connected[httpx.Client]):
+class Client(ScanCalls, Connected[httpx.Client]):
     """A service, asked and waited for. To be closed, or used as a context manager; several threads may use it."""
 
     _kind = httpx.Client

@@ -62,6 +62,7 @@ CODES: dict[str, Code] = {
     "too_many_entries": Code(_LARGE, "Split the archive."),
     "expands_too_much": Code(_LARGE, "Split the archive, or send its pictures as they are."),
     "too_many_archives": Code(_MANY, "Wait for Retry-After."),
+    "too_many_exports": Code(_MANY, "Wait for Retry-After; others are being read."),
     "no_room": Code(HTTPStatus.INSUFFICIENT_STORAGE, "Try again later, or split the archive."),
     # Load and time
     "queue_full": Code(_MANY, "Wait for Retry-After."),
@@ -92,6 +93,9 @@ CODES: dict[str, Code] = {
     "no_picture": Code(_NOT_FOUND, "Have more pictures kept: settings images, picture_days, review_share."),
     "unknown_alarm": Code(_NOT_FOUND, "Use an id of GET /v1/alarms."),
     "not_raised": Code(_CONFLICT, "There is nothing to do."),
+    "unknown_scan": Code(_NOT_FOUND, "Use an id of GET /v1/scans."),
+    "no_report": Code(_NOT_FOUND, "Send one: PUT /v1/scans/ID/report."),
+    "not_yours": Code(HTTPStatus.FORBIDDEN, "Use the key that told of the scan, or one with the role admin."),
     "version_gone": Code(HTTPStatus.GONE, "Load the bundle that made the verdict."),
     "store_down": Code(_BUSY, "Wait until /ready says that the store is back."),
     # The service

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import Connection, RowMapping, Table, func, insert, select
+from sqlalchemy import Connection, RowMapping, Table, false, func, insert, select
 
 from anomaly_vae import ConfigError
 from service.alarms import begin_anew
@@ -102,11 +102,17 @@ class Decisions:
         return [_decided(row, Activation(row["bundle"], row["version"])) for row in self._rows(ACTIVATIONS, model)]
 
     def calibrations(self, model: str, base: str) -> list[Decided[Recalibration]]:
-        """Those of the bundle of version `base`, the newest first."""
+        """Those of the bundle of version `base`, the newest first; it alone comes with its scores."""
+        c = CALIBRATIONS.c
+        query = select(c.revision, c.by, c.at, c.version).where(c.model == model, c.base == base)
+        with self._database.reading() as connection:
+            book = connection.execute(query.order_by(c.revision.desc())).mappings().all()
+            ours = (c.model == model, c.revision == book[0]["revision"]) if book else (false(),)
+            newest = connection.execute(select(c.scores, c.seen, c.independent).where(*ours)).mappings().first()
+        sample = _sample(newest) if newest else None
         return [
-            _decided(row, Recalibration(base, row["version"], _sample(row)))
-            for row in self._rows(CALIBRATIONS, model)
-            if row["base"] == base
+            _decided(row, Recalibration(base, row["version"], sample if place == 0 else None))
+            for place, row in enumerate(book)
         ]
 
     def models(self) -> list[str]:

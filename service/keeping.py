@@ -27,12 +27,12 @@ class Keeper:
     def __init__(
         self,
         recorder: Recorder | None,
-        worker: int,
+        ids: Ids,
         source: str,
         images: Images = "outliers",
         review_share: float = 0.0,
     ) -> None:
-        self.recorder, self._ids, self._source = recorder, Ids(worker), source
+        self.recorder, self._ids, self._source = recorder, ids, source
         self._images, self._share = images, review_share
         # Nobody outside can tell what will be drawn.
         self._chance = random.SystemRandom()

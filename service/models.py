@@ -48,7 +48,8 @@ class Models:
         self._changing = threading.Lock()
         self._shelf = Shelf(told)
         self._remarks: dict[str, str] = {}
-        self._seen = 0
+        self._given: Activation | None = None
+        self._seen = -1
 
     # --- what there is ----------------------------------------------------------------------------------------------
 
@@ -99,21 +100,15 @@ class Models:
     # --- starting and staying up to date ----------------------------------------------------------------------------
 
     def start(self, name: str, bundle: str, detector: Detector) -> Target:
-        """Serve the command line's detector, or what was activated since in its stead, and all other models that were.
-
-        Runs on the models' thread.
+        """Serve the command line's detector, or what was activated since in its stead, and all other models that were;
+        the latter once the store can be read. Runs on the models' thread.
         """
-        self.first = name
+        self.first, self._given = name, Activation(bundle, detector.version)
         self._shelf.put(self._bundles.made(name, bundle, detector))
-        if self._decisions is not None:
-            try:
-                number = self._latest()
-                self._note_start(name, Activation(bundle, detector.version))
-                for model in self._decisions.models():
-                    self._catch_up(model)
-                self._seen = number
-            except SQLAlchemyError as error:
-                _log.warning("what was activated before cannot be read from the store: %s", reason_of(error))
+        try:
+            self.refresh()
+        except SQLAlchemyError as error:
+            _log.warning("what was decided before cannot be read from the store yet: %s", reason_of(error))
         # Whatever it is then: a target of its own would keep the first version in memory for ever.
         return Target(lambda images, heat: self.pick().target.judge(images, heat), self.pick().target.probe)
 
@@ -122,11 +117,14 @@ class Models:
         self._bundles.warm, self._started = warm, True
 
     def refresh(self) -> None:
-        """Do what other processes decided; cheap where nothing was."""
+        """Do what other processes decided, and what was decided before this one started; cheap where nothing was."""
         if self._decisions is None or self._database is None:
             return
         number = self._latest()
         if number != self._seen:
+            if self._given is not None:
+                self._note_start(self.first, self._given)
+                self._given = None
             for model in sorted({*self._decisions.models(), *self._shelf.names()}):
                 self._catch_up(model)
             for model, versions, at in self._decisions.retirements(self._seen):

@@ -29,7 +29,7 @@ from service.policies import InForce
 from service.reviewing import Reviewed, Reviews
 from service.routes import Route
 from service.served import Served
-from service.store import Store, Wanted
+from service.store import Store
 
 _LOOKING = ("unknown_model", "no_store", "store_down")
 _READING = (
@@ -121,12 +121,12 @@ class ModelPages:
     def preview(self, model: str) -> Response:
         asked, served = body_of(PreviewWanted), self._models.pick(model)
         policy = _policy_of(served, PolicyChoice(asked.alpha, asked.mode, asked.threshold))
-        rows = self._kept().verdicts(Wanted(model=model), limit=asked.last)
+        rows = self._kept().ranks(model, asked.last)
         crossed = served.detector.calibration.crossed
         # Crosswise ranks cannot be told from scores, so that only those count that were told by them.
         ours = {served.version} if crossed else self._versions(served)
-        scores = [row["score"] for row in rows if row["version"] in ours]
-        ranks = [row["p_value"] for row in rows if row["version"] in ours]
+        scores = [score for version, score, _ in rows if version in ours]
+        ranks = [rank for version, _, rank in rows if version in ours]
         if scores and not crossed:
             # Some may be of versions that were ranked otherwise.
             ranks = served.detector.calibration.p_values(scores).tolist()

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from service.front import Front
     from service.health import Readiness
     from service.settings import ServiceSettings
+    from service.store import Store
 
 
 def serve(bundle: Path, settings: "ServiceSettings") -> None:
@@ -201,7 +202,7 @@ def _start(place: Place, lifeline: Connection) -> "Front":
         place.bundle.resolve().name,
         lambda: _opened(place.bundle, settings.device),
         lambda path: _opened(path, settings.device, checked=False),
-        store=Store(place_of_store) if place_of_store else None,
+        store=Store(place_of_store, patient=True) if place_of_store else None,
         readiness=readiness,
         registry=registry,
         on_lost=_give_up,
@@ -287,10 +288,16 @@ def _welcome(place: Place, running: "Running") -> str:
   address  {url}
   try      curl -F file=@picture.jpg {url}/v1/score
   verdict  outlier when p <= {policy.alpha:g} ({policy.mode}): {policy.expected_false_alarm_rate:.2%} false alarms
-  store    {store.database.shown if store else "none: verdicts are not kept (store: none)"}
+  store    {_told_of(store)}
   health   {place.url(place.health_port)}/ready, metrics at /metrics
   stop     Ctrl-C; what was accepted is finished first
 """
+
+
+def _told_of(store: "Store | None") -> str:
+    if store is None:
+        return "none: verdicts are not kept (store: none)"
+    return store.database.shown + ("" if store.database.opened else " cannot be reached yet: verdicts wait in memory")
 
 
 def _farewell(running: "Running", drain_seconds: float) -> None:

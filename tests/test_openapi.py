@@ -21,6 +21,7 @@ from serving import Server, running
 
 from anomaly_vae import answers
 from anomaly_vae.images import BAD_IMAGE_CODES
+from service.asked import ScanWanted
 from service.codes import CODES
 
 ROOT = Path(__file__).parent.parent
@@ -120,6 +121,15 @@ def test_every_answer_is_as_the_document_says(server, document, digits_folder):
     ask("PUT", "/v1/models/tiny/policy", 200, json={"alpha": 0.1})
     ask("POST", "/v1/models/tiny/policy:preview", 200, json={"threshold": 1.0, "last": 20.0})
     ask("POST", "/v1/models/tiny/policy:rollback", 200)
+    told = ScanWanted.model_config["json_schema_extra"]["examples"][0]
+    scan = ask("POST", "/v1/scans", 200, json=told).json()["id"]
+    page = {"content": b"<p>a report", "headers": {"Content-Type": "text/html"}}
+    ask("GET", f"/v1/scans/{scan}/report", 404)
+    ask("PUT", f"/v1/scans/{scan}/report", 200, **page)
+    for path in ("/v1/scans", f"/v1/scans/{scan}", f"/v1/scans/{scan}/report"):
+        ask("GET", path, 200)
+    ask("DELETE", f"/v1/scans/{scan}", 200)
+    ask("DELETE", f"/v1/scans/{scan}", 404)
     refuse(ask, one)
     ask("DELETE", f"{one}/image", 200)
     ask("GET", f"{one}/image", 404)
@@ -233,7 +243,9 @@ def test_random_requests_find_no_answer_that_is_not_documented(server, digits_fo
         pytest.skip("schemathesis is not installed; pip install schemathesis, or put it on the PATH")
     picture = sorted((digits_folder / "8").iterdir())[0].read_bytes()
     replies = [httpx.post(f"{server.url}/v1/score", content=picture).json() for _ in range(3)]
-    environment = {**os.environ, "MODEL": "tiny", "VERDICT": replies[0]["results"][0]["id"]}
+    told = ScanWanted.model_config["json_schema_extra"]["examples"][0]
+    scan = httpx.post(f"{server.url}/v1/scans", json=told).json()["id"]
+    environment = {**os.environ, "MODEL": "tiny", "VERDICT": replies[0]["results"][0]["id"], "SCAN": scan}
     environment.pop("PYTHONPATH", None)
     command = [program, "--config-file", str(ROOT / "tests" / "schemathesis.toml"), "run",
                f"{server.url}/openapi.json", "--checks", "all", "--suppress-health-check", "all", "--no-color",
