@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 LIBRARY = [
     {"seeds", "answers"},
+    {"watch_answers"},
     {"errors"},
     {"asking"},
     {"scan_calls"},
@@ -50,6 +51,7 @@ LIBRARY = [
     {"recipe", "expert"},
     {"member", "presets", "dividing", "labelling", "known"},
     {"normals", "packing"},
+    {"judgement"},
     {"detector", "checkpointing"},
     {"compiled"},
     {"precision"},
@@ -69,6 +71,7 @@ LIBRARY = [
 SERVICE = [
     {"errors", "settings", "ids", "first_schema", "records", "tickets", "logs", "codes", "memory"},
     {"schema", "database"},
+    {"migrations"},
     {"kinds", "counting"},
     {"batching", "shares", "bridge", "metrics", "uploads", "keys", "archives", "store", "looking", "auditing"}
     | {"refusals", "loading"},
