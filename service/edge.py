@@ -57,6 +57,10 @@ def install(
 
     @app.after_request
     def end(response: Response) -> Response:
+        if request.method == "GET" and response.mimetype == "application/json" and response.status_code == 200:
+            # Who asks every few seconds is told so when nothing has changed.
+            response.add_etag(weak=True)
+            response.make_conditional(request)
         route = request.url_rule.rule if request.url_rule else "unmatched"
         seconds = time.monotonic() - g.started
         metrics.request(route, request.method, response.status_code, seconds)
@@ -68,10 +72,6 @@ def install(
         response.headers.setdefault("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
         response.headers["Referrer-Policy"] = "no-referrer"
         response.headers["Cross-Origin-Resource-Policy"] = "same-origin"
-        if request.method == "GET" and response.mimetype == "application/json" and response.status_code == 200:
-            # Who asks every few seconds is told so when nothing has changed.
-            response.add_etag(weak=True)
-            response.make_conditional(request)
         if request.is_secure:
             response.headers["Strict-Transport-Security"] = "max-age=31536000"
         return response

@@ -407,6 +407,32 @@ def test_alarms_are_shown_and_acknowledged(view: Watched, server: Server, pictur
     assert left[name] is False
 
 
+def test_scans_are_listed_with_their_reports(view: Watched, server: Server):
+    if "/v1/scans" not in httpx.get(f"{server.url}/openapi.json").json()["paths"]:
+        pytest.skip("this service keeps no scans")
+    model = httpx.get(f"{server.url}/v1/models").json()["models"][0]
+    told = {
+        "name": "monday <line 3>", "model": model["name"], "version": model["version"], "alpha": 0.05,
+        "started": "2026-01-31T06:00:00Z", "finished": "2026-01-31T06:12:30Z",
+        "scored": 4000, "failed": 2, "outliers": 51, "expected_rate": 0.01,
+    }  # fmt: skip
+    scan = httpx.post(f"{server.url}/v1/scans", json=told).raise_for_status().json()
+    httpx.post(f"{server.url}/v1/scans", json={**told, "name": "bare"}).raise_for_status()
+    report = {"content": b"<!doctype html><title>r</title><h1>All of it</h1>", "headers": {"Content-Type": "text/html"}}
+    httpx.put(f"{server.url}/v1/scans/{scan['id']}/report", **report).raise_for_status()
+    page = shown(view.page, server, "scans")
+    rows = page.locator("#scans tbody tr")
+    expect(rows).to_have_count(2)
+    expect(rows.filter(has_text="bare").get_by_role("link")).to_have_count(0)
+    row = rows.filter(has_text="monday <line 3>")
+    for words in ("4,000", "51 (1.3%)", "1%", model["version"]):
+        expect(row).to_contain_text(words)
+    assert_clean(page, "scans")
+    with page.context.expect_page() as opened:
+        row.get_by_role("link", name="Report").click()
+    expect(opened.value.get_by_role("heading", name="All of it")).to_be_visible()
+
+
 def test_a_service_that_does_not_answer_is_told_until_it_does(view: Watched, server: Server):
     page = shown(view.page, server, "overview")
     page.context.set_offline(True)

@@ -27,10 +27,13 @@ export function layered({ picture, heat, others = [], alt, fit = "stretch", shap
   below.style.objectFit = FITS[fit][0];
   const stack = el("div", { class: "stack" }, below);
   if (shape) stack.style.aspectRatio = `${shape[0]} / ${shape[1]}`;
-  else below.addEventListener("load", () => { stack.style.aspectRatio = `${below.naturalWidth} / ${below.naturalHeight}`; });
+  // The shape of whichever can be shown first: browsers read fewer formats than the service.
+  const shapedBy = (image) => image.addEventListener("load", () => { stack.style.aspectRatio ||= `${image.naturalWidth} / ${image.naturalHeight}`; });
+  shapedBy(below);
   const controls = el("div", { class: "controls" });
   if (heat) {
     const above = el("img", { src: heat, alt: "", class: "above" });
+    shapedBy(above);
     const slider = el("input", { type: "range", min: "0", max: "100", value: "70", "aria-label": "Heat map" });
     const show = () => { above.style.opacity = slider.value / 100; slider.setAttribute("aria-valuetext", `${slider.value}%`); };
     slider.addEventListener("input", show);

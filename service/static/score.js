@@ -63,7 +63,10 @@ async function score(files) {
       fill(place, el("h2", {}, file.name || "pasted picture"), el("p", { class: "wrong" }, error.message));
     }
     find("scored").prepend(place);
-    while (find("scored").children.length > MOST) find("scored").lastChild.remove();
+    while (find("scored").children.length > MOST) {
+      URL.revokeObjectURL(find("scored").lastChild.querySelector(".below")?.src);
+      find("scored").lastChild.remove();
+    }
   }
   find("scoring").textContent = `${files.length === 1 ? "One picture" : `${files.length} pictures`} done: ${outliers} ${outliers === 1 ? "outlier" : "outliers"}.`;
 }
