@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from anomaly_vae.async_client import AsyncClient as AsyncClient
+    from anomaly_vae.bundle import glance as glance
     from anomaly_vae.bundle import write_durably as write_durably
     from anomaly_vae.client import Client as Client
     from anomaly_vae.detector import Detector as Detector
@@ -29,10 +30,12 @@ if TYPE_CHECKING:
     from anomaly_vae.images import decode as decode
     from anomaly_vae.images import encode_png as encode_png
     from anomaly_vae.images import peek as peek
+    from anomaly_vae.overlaying import overlay_png as overlay_png
     from anomaly_vae.recipe import DetectorSpec as DetectorSpec
     from anomaly_vae.regions import regions_json as regions_json
     from anomaly_vae.rendering import heatmap_png as heatmap_png
     from anomaly_vae.retrying import Retries as Retries
+    from anomaly_vae.seeds import content_hash as content_hash
     from anomaly_vae.spec import Spec as Spec
     from anomaly_vae.spec import dump_yaml as dump_yaml
     from anomaly_vae.spec import override as override
@@ -61,10 +64,13 @@ _HOME = {
     "Spec": "spec",
     "TrainingError": "errors",
     "VAEOutlierDetector": "estimator",
+    "content_hash": "seeds",
     "decode": "images",
     "dump_yaml": "spec",
     "encode_png": "images",
+    "glance": "bundle",
     "heatmap_png": "rendering",
+    "overlay_png": "overlaying",
     "override": "spec",
     "parse_yaml": "spec",
     "peek": "images",

@@ -78,9 +78,13 @@ class Latent(Reply):
 
 
 class Neighbour(Reply):
-    """The normal picture with the most similar code; `distance`: root mean square of their deviations."""
+    """The normal picture with the most similar code; `distance`: root mean square of their deviations.
 
-    name: str
+    `id` stands for it; `name` is for the roles `read` and `admin`, null for others.
+    """
+
+    id: str
+    name: str | None
     distance: float
 
 
@@ -95,7 +99,8 @@ class Explanation(Reply):
 class Scored(Reply):
     """A picture's verdict; a higher `score` is more unusual. `threshold`: of the score, null where p-values decide.
 
-    `parts`: every score beside the fused one, null where it was no number. `heatmap_png`: base64.
+    `parts`: every score beside the fused one, null where it was no number. `heatmap_png`: base64. `reconstruction_png`:
+    likewise, null where no model makes pictures.
     """
 
     id: VerdictId
@@ -109,6 +114,7 @@ class Scored(Reply):
     parts: dict[str, float | None] | None = None
     regions: list[Region] | None = None
     heatmap_png: str | None = None
+    reconstruction_png: str | None = None
     explanation: Explanation | None = None
 
 
@@ -175,6 +181,14 @@ class ModelList(Reply):
     bundles: list[str]
 
 
+class Retired(Reply):
+    """Which versions of a model are in memory no more, and which still are."""
+
+    name: str
+    retired: list[str]
+    loaded: list[str]
+
+
 class PolicyRevision(Reply):
     """One decision on the policy; all None: the bundle's own."""
 
@@ -215,11 +229,15 @@ class Recalibrated(Reply):
 
 
 class Ranking(Reply):
-    """`flagged_normals`: the share of the reviewed normals that is flagged, to be held against the expected rate."""
+    """`flagged_normals`: the share of the reviewed normals that is flagged, to be held against the expected rate.
+
+    `band`: where the rate lies nine times in ten; null where the pictures may belong together, or with K-fold.
+    """
 
     version: str
     normals: Count
     expected_false_alarm_rate: Share
+    band: tuple[Share, Share] | None
     flagged_normals: Share | None
 
 
@@ -336,6 +354,32 @@ class AlarmList(Reply):
     """Both alarms of each source whose pictures the active versions have judged."""
 
     alarms: list[Alarm]
+
+
+class Scan(Reply):
+    """A scan of a whole folder, as its command told of it. `expected_rate`: of outliers, were all pictures normal."""
+
+    id: VerdictId
+    name: str
+    model: str
+    version: str
+    source: str
+    by: str
+    started: datetime
+    finished: datetime
+    scored: Count
+    failed: Count
+    outliers: Count
+    expected_rate: Share
+    alpha: Share
+    has_report: bool
+
+
+class ScanPage(Reply):
+    """Scans, the newest first; `next` is the cursor of the next page, None on the last."""
+
+    scans: list[Scan]
+    next: VerdictId | None
 
 
 class Change(Reply):

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from anomaly_vae.bundle import MANIFEST, Bundle, read_bundle, write_bundle
-from anomaly_vae.calibration import Calibration, Mode, rank_allowed
+from anomaly_vae.calibration import UNKNOWN_GROUPS, Calibration, Mode, rank_allowed
 from anomaly_vae.drift import SCORE, Reference, latent_name
 from anomaly_vae.errors import BundleError, ConfigError
 from anomaly_vae.expert import Batch
@@ -124,6 +124,7 @@ class Detector:
         self.seen = seen if seen is not None else np.zeros(0, np.uint64)
         self.known_kinds = tuple(known_kinds)
         self.probes: Batch | None = None
+        self._probes_gave: Floats | None = None
         self.normals: Normals | None = None
         self.calibrated_at: float | None = None
         self.ranked_anew = False
@@ -143,20 +144,32 @@ class Detector:
         policy = policy_of(self.calibration, self.policy.alpha if alpha is None else alpha, mode or self.policy.mode)
         return self._as(policy, self.version)
 
-    def recalibrated(self, scores: npt.ArrayLike, at: float | None = None) -> "Detector":
+    def recalibrated(
+        self,
+        scores: npt.ArrayLike,
+        seen: npt.ArrayLike = (),
+        independent: bool | None = None,
+        at: float | None = None,
+    ) -> "Detector":
         """The same detector ranked among the `scores` that it gave to normal pictures which no part of it has seen.
+
+        `seen`: hashes of these pictures, which from then on count among those it was made from. `independent`: no two
+        of them belong together; else no band is claimed, and mode `average` stands in for `guaranteed`. None: as it
+        was of the pictures that calibrated before.
 
         All members see such a picture alike, so that even with K-fold its score, their mean, is ranked as one. Its
         alpha is the old one where so many scores support it, else the smallest that they do; raises `CalibrationError`
         where they support none. Its version tells the old one and the scores. `at`: as `calibrated_at`.
         """
-        calibration = Calibration.of([scores])
-        alpha, mode = self.policy.alpha, self.policy.mode
+        independent = self.calibration.groups is None if independent is None else independent
+        calibration = Calibration.of([scores], None if independent else UNKNOWN_GROUPS)
+        alpha, mode = self.policy.alpha, self.policy.mode if independent else "average"
         policy = policy_of(calibration, alpha if rank_allowed(calibration.n, alpha, mode) else None, mode)
         content = hashlib.sha256(self.version.encode() + calibration.scores[0].astype("<f8").tobytes())
         version = content.hexdigest()[:12]
         other = self._as(policy, version)
         other.calibration, other.calibrated_at, other.ranked_anew = calibration, at, True
+        other.seen = np.union1d(self.seen, np.asarray(seen, np.uint64))
         return other
 
     def _as(self, policy: Policy, version: str) -> "Detector":
@@ -199,6 +212,16 @@ class Detector:
         if self.normals is None:
             raise BundleError("this bundle keeps nothing to explain by; train it again with this version")
         return self.normals.explanations(self.members[0], masked(images, self.image), parts)
+
+    def reconstruct(self, images: Tensor, classes: Sequence[str] | None = None) -> Tensor | None:
+        """What the first model of pixels makes of uint8 images (B, C, H, W): uint8, in the size that it sees them in.
+
+        None where all models are of features. `classes` as for `judge`.
+        """
+        with torch.inference_mode():
+            batch = Batch(masked(images, self.image), self.numbers_of(classes))
+            made = self.members[0].reconstruct(self.spec, batch)
+            return None if made is None else (made * 255).round().to(torch.uint8).cpu()
 
     @property
     def watched(self) -> tuple[int, ...]:
@@ -286,8 +309,11 @@ class Detector:
         return self._as(self.policy, version)
 
     @classmethod
-    def load(cls, path: Path, device: torch.device | str = "cpu") -> Self:
-        """Read a bundle and score its probes on `device`; raises `BundleError` where it is not as it was saved."""
+    def load(cls, path: Path, device: torch.device | str = "cpu", checked: bool = True) -> Self:
+        """Read a bundle and score its probes on `device`; raises `BundleError` where it is not as it was saved.
+
+        `checked` False: the probes are left to `check_probes`, so that nothing is computed here.
+        """
         bundle = read_bundle(path)
         try:
             description = Description.parse(bundle.description, str(path / MANIFEST))
@@ -299,7 +325,9 @@ class Detector:
             if len(probes):
                 label = torch.from_numpy(probes["label"]) if "label" in probes else None
                 detector.probes = Batch(torch.from_numpy(probes["images"]), label)
-                detector._check_probes(detector.probes, probes["scores"], path)
+                detector._probes_gave = probes["scores"]
+            if checked:
+                detector.check_probes(path)
         except (ConfigError, SafetensorError, KeyError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise BundleError(f"{path} is damaged ({reason}); restore the bundle from a copy") from None
@@ -355,8 +383,11 @@ class Detector:
             judged = [self._judge(Batch(*batch), False) for batch in zip(pieces, labels, strict=False)]
         return np.array([score for one in judged for score in one.score])
 
-    def _check_probes(self, probes: Batch, scores: Floats, path: Path) -> None:
-        again = self._probe_scores(probes)
+    def check_probes(self, path: Path) -> None:
+        """Score the probes that came with the bundle `path`; raises `BundleError` where they get other scores here."""
+        if self.probes is None or self._probes_gave is None:
+            return
+        again, scores = self._probe_scores(self.probes), self._probes_gave
         low, high = np.quantile(np.concatenate(self.calibration.scores), [0.25, 0.75])
         moved = float(np.abs(again - scores).max()) / max(float(high - low), 1e-12)
         if not moved <= PROBE_TOLERANCE:
@@ -373,7 +404,7 @@ class Description(Spec):
     members: int = Field(ge=1, le=20)
     alpha: float = Field(gt=0, lt=1)
     mode: Mode
-    groups: int | None = Field(ge=1)
+    groups: int | None = Field(ge=0)
     calibration_images: int
     seen_images: int
     known_kinds: tuple[str, ...] = ()

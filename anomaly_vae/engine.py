@@ -1,5 +1,6 @@
 """`Engine`: a detector on a device, made fast and warm; serves scan and service alike."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -47,6 +48,12 @@ class Engine:
             classes = [condition.classes[0]] * size if condition and self.detector.wants_classes else None
             for heat in (False, True):
                 self.detector.judge(blank, heat, classes)
+
+    def ranked_as(self, detector: Detector) -> "Engine":
+        """The same warm models, whose scores are ranked as another detector of the same models ranks them."""
+        other = copy.copy(self)
+        other.detector = detector.scored_by(self.detector.members, self.detector.calibration.tie)
+        return other
 
     def prepare(self, data: bytes) -> Tensor:
         """A picture's bytes as uint8 (C, H, W); raises `BadImage`."""

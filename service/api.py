@@ -15,14 +15,15 @@ from service.archives import BLOCK, archive_kind
 from service.asked import ScoreWanted
 from service.bodies import answer, query_of
 from service.codes import FOR_PICTURES
+from service.drawing import Style
 from service.edge import failure
 from service.errors import Problem
 from service.keys import Role
 from service.metrics import Metrics
-from service.models import Served
 from service.options import Options
 from service.routes import Route
 from service.scoring import Asked, Scorer, Verdict
+from service.served import Served
 from service.settings import ServiceSettings
 from service.streaming import Archives
 from service.uploads import Upload, peek, read_body, uploads
@@ -37,7 +38,7 @@ USAGE = """anomaly-vae: is this picture like the normal ones? Model {name}, vers
   curl --data-binary @picture.jpg {url}v1/score               one picture
   curl -F file=@a.jpg -F file=@b.jpg {url}v1/score            several
   curl --data-binary @many.zip {url}v1/score                  a zip, tar or tar.gz; answers line by line
-  curl --data-binary @picture.jpg '{url}v1/score?heatmap=png' with a heat map (base64 PNG), boxes around what is hot
+  curl --data-binary @picture.jpg '{url}v1/score?heatmap=overlay'  with what is odd painted over (base64 PNG)
   curl --data-binary @picture.jpg '{url}v1/score?alpha=0.01'  judged at another rate of false alarms, this once
 
 A result has `outlier` (the verdict), `p_value` (share of normal pictures at least as unusual) and `score` (higher is
@@ -68,7 +69,7 @@ class ScorePages:
         settings = self._settings
         wanted = query_of(ScoreWanted)
         served = self._scorer.models.pick(wanted.model)
-        options = Options.of(wanted, served)
+        options = Options.of(wanted, served, named=g.key is None or g.key.role >= Role.READ)
         archive = archive_kind(peek(request.environ, BLOCK, settings.most_bytes()), request.mimetype)
         longest = settings.archive_deadline_ms if archive else settings.deadline_ms
         deadline = g.started + deadline_ms(request.headers.get("X-Deadline-Ms"), longest) / 1000
@@ -81,10 +82,10 @@ class ScorePages:
         self._metrics.stage("read", time.monotonic() - started)
         return _scored(served.shown, files, self._scorer.score(files, asked))
 
-    def heatmap(self, row: RowMapping, png: bytes) -> bytes:
+    def heatmap(self, row: RowMapping, png: bytes, style: Style) -> bytes:
         """That of a kept verdict, by the version that made it, whatever normals rank it now; raises `Problem`."""
         served, seen = self._seen(row, png)
-        return self._scorer.heatmap(served, seen, g.started + self._settings.deadline_ms / 1000)
+        return self._scorer.heatmap(served, seen, png, style, g.started + self._settings.deadline_ms / 1000)
 
     def regions(self, row: RowMapping, png: bytes) -> dict[str, Any]:
         """What is hot in its kept picture, as `heatmap`."""
@@ -116,8 +117,8 @@ def result(name: str | None, outcome: Verdict | Problem) -> dict[str, Any]:
     if isinstance(outcome, Problem):
         return {**found, "error": outcome.body()}
     found = {"id": outcome.id, **found, **outcome.row}
-    if outcome.heatmap is not None:
-        found["heatmap_png"] = base64.b64encode(outcome.heatmap).decode("ascii")
+    for picture, png in outcome.pictures.items():
+        found[picture] = None if png is None else base64.b64encode(png).decode("ascii")
     return found
 
 

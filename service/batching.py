@@ -208,6 +208,7 @@ class Batcher:
                     del self._running[number]
                     if self._draining:
                         self._changed.notify_all()
+                del batch  # or it would keep its model in memory until the next one comes
         except Exception as error:  # whatever it is, nobody may be left waiting for these threads
             self._lose(error)
 

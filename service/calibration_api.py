@@ -8,8 +8,9 @@ from anomaly_vae.answers import ScoreCounts
 from service.asked import ScoreCountsWanted
 from service.bodies import answer, query_of
 from service.keys import Role
-from service.models import Models, Served
+from service.models import Models
 from service.routes import Route
+from service.served import Served
 from service.store import Store, Wanted
 
 Floats = npt.NDArray[np.float64]

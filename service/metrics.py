@@ -43,6 +43,7 @@ class Metrics:
         self._versions: dict[str, str] = {}
         self._ratios: dict[tuple[str, str], float] = {}
         self._sources: dict[tuple[str, str, str], _OfSource] = {}
+        self._scored_by_gone = 0
         ProcessCollector(registry=registry)
         self._declare_traffic(registry)
         self._declare_verdicts(registry)
@@ -142,6 +143,18 @@ class Metrics:
             if labels[:2] == (model, version):
                 counted.expected.set(expected_outlier_ratio)
 
+    def gone(self, model: str, version: str) -> None:
+        """Forget the counters of a version that answers no more."""
+        self._ratios.pop((model, version), None)
+        if self._versions.get(model) == version:
+            del self._versions[model]
+            self._info.remove(model, version)
+        for labels in [labels for labels in list(self._sources) if labels[:2] == (model, version)]:
+            self._scored_by_gone += self._count(labels)
+            del self._sources[labels]
+            for metric in (self._scored, self._outliers, self._expected, self._p_values):
+                metric.remove(*labels)
+
     def _of(self, model: str, version: str, source: str) -> "_OfSource":
         """The counters of one source; there are as many as the operator named, in keys and settings."""
         labels = (model, version, source)
@@ -184,14 +197,17 @@ class Metrics:
 
     def verdicts(self) -> int:
         """How many pictures this process has scored."""
-        named = ("model", "version", "source")
-        of_sources = (dict(zip(named, labels, strict=True)) for labels in list(self._sources))
-        return sum(
-            int(self.registry.get_sample_value("anomaly_images_scored_total", labels) or 0) for labels in of_sources
-        )
+        return self._scored_by_gone + sum(self._count(labels) for labels in list(self._sources))
+
+    def _count(self, labels: tuple[str, str, str]) -> int:
+        named = dict(zip(("model", "version", "source"), labels, strict=True))
+        return int(self.registry.get_sample_value("anomaly_images_scored_total", named) or 0)
 
     def verdict(self, model: str, version: str, p_value: float, outlier: bool, source: str | None = None) -> None:
         """One picture scored under the policy in force; `source`: where it came from, if the key told."""
+        if (model, version) not in self._ratios:
+            self._scored_by_gone += 1  # it was on its way when its version was retired
+            return
         counted = self._of(model, version, source or self._source)
         counted.scored.inc()
         counted.p_values.observe(p_value)

@@ -149,7 +149,8 @@ class Quick:
         served = self._scorer.models.pick(wanted.model)
         left = deadline_ms(request.headers.get("x-deadline-ms"), self._settings.deadline_ms) / 1000
         deadline = request.started + left
-        asked = Asked(served, deadline, Options.of(wanted, served), request_id, key.source if key else None)
+        options = Options.of(wanted, served, named=key is None or key.role >= Role.READ)
+        asked = Asked(served, deadline, options, request_id, key.source if key else None)
         self._metrics.stage("read", time.monotonic() - request.started)
         file, (done, wake) = Upload(None, body), self._wakes.one()
         if _is_small(body):
@@ -256,4 +257,4 @@ def _wanted(query: str) -> ScoreWanted:
 def _is_plain(query: str) -> bool:
     """Whether nothing is asked that takes a thread; raises `Problem`."""
     wanted = _wanted(query)
-    return wanted.heatmap == "none" and not wanted.explain
+    return wanted.heatmap == "none" and not (wanted.explain or wanted.reconstruction)

@@ -17,12 +17,19 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    UniqueConstraint,
+    case,
+    func,
     insert,
+    inspect,
+    literal,
     select,
     text,
+    update,
 )
 
 from anomaly_vae import ConfigError
+from service import first_schema, ids
 
 METADATA = MetaData()
 
@@ -53,11 +60,27 @@ VERDICTS = Table(
     Column("alpha", Double, nullable=False),
     Column("policy", Integer, nullable=False),
     Column("parts", Text, nullable=False),
-    Index("verdicts_by_outlier", "outlier", "id"),
-    Index("verdicts_by_source", "source", "id"),
-    Index("verdicts_by_model", "model", "id"),
+    Column("kind", Integer, nullable=False, server_default="0"),
 )
-"""`id` is of `ids.Ids` and tells the time. `policy`: the revision that judged. `parts`: JSON."""
+"""`id` is of `ids.Ids` and tells the time. `policy`: the revision that judged. `parts`: JSON. `kind`: of `KINDS`."""
+
+BY_KIND = Index("verdicts_by_kind", VERDICTS.c.kind, VERDICTS.c.id, VERDICTS.c.p_value)
+
+KINDS = Table(
+    "kinds",
+    METADATA,
+    Column("number", Integer, primary_key=True),
+    _name("model"),
+    _name("source"),
+    Column("outlier", Boolean, nullable=False),
+    Column("low", Double, nullable=False),
+    Column("high", Double, nullable=False),
+    UniqueConstraint("model", "source", "outlier", "high"),
+)
+"""What verdicts can be looked for by, in one number. `low`, `high`: the p-values are above the one, up to the other."""
+
+RARITY = (*(float(f"{digit}e-{power}") for power in range(6, 0, -1) for digit in (1, 2, 5)), 1.0)
+"""Upper ends of the p-values of kinds: the rates that people ask for, so that these are whole kinds."""
 
 PICTURES = Table(
     "pictures",
@@ -76,9 +99,18 @@ REVIEWS = Table(
     _version(),
     Column("score", Double, nullable=False),
     Column("label", String(64)),
+    Column("content", BigInteger),
 )
 """Verdicts drawn for review by chance alone. They stay when a verdict is forgotten, `label` with what was said of it:
-what is left of a sample once outliers are taken out is no sample."""
+what is left of a sample once outliers are taken out is no sample. `label`: what was said, null until then. `content`:
+the hash of the file, as a signed number; null where it was forgotten."""
+
+_OPEN = REVIEWS.c.label.is_(None)
+TO_REVIEW = (
+    Index("reviews_open", REVIEWS.c.id, sqlite_where=_OPEN, postgresql_where=_OPEN),
+    Index("reviews_open_by_model", REVIEWS.c.model, REVIEWS.c.id, sqlite_where=_OPEN, postgresql_where=_OPEN),
+)
+REVIEWS_BY_MODEL = Index("reviews_by_model", REVIEWS.c.model, REVIEWS.c.id)
 
 FEEDBACK = Table(
     "feedback",
@@ -91,35 +123,63 @@ FEEDBACK = Table(
 )
 """What a person said of a verdict; the last word counts."""
 
-RATES = Table(
-    "rates",
-    METADATA,
-    Column("minute", Integer, primary_key=True, autoincrement=False),
-    Column("model", String(64), primary_key=True),
-    Column("version", String(16), primary_key=True),
-    Column("source", String(64), primary_key=True),
-    Column("scored", Integer, nullable=False),
-    Column("outliers", Integer, nullable=False),
-    Column("expected", Double, nullable=False),
-)
-"""Counts by minute since 1970. `expected`: of the outliers, were all pictures normal."""
+BINS = 20
+"""p-values are counted in so many bins of equal width."""
 
-HISTOGRAMS = Table(
-    "histograms",
+MINUTE, HOUR, DAY = 1, 60, 1440
+"""Spans over which is counted, in minutes."""
+
+
+def _counts(name: str, *columns: Column[Any]) -> Table:
+    """Counts over spans. `start`: in minutes since 1970, a multiple of the span."""
+    return Table(
+        name,
+        METADATA,
+        Column("span", Integer, primary_key=True, autoincrement=False),
+        Column("start", Integer, primary_key=True, autoincrement=False),
+        Column("model", String(64), primary_key=True),
+        Column("version", String(16), primary_key=True),
+        Column("source", String(64), primary_key=True),
+        *columns,
+        sqlite_with_rowid=False,
+    )
+
+
+def _count(name: str) -> Column[int]:
+    return Column(name, BigInteger, nullable=False)
+
+
+RATES = _counts("outlier_rates", _count("scored"), _count("outliers"), Column("expected", Double, nullable=False))
+"""By the minute, the hour and the day. `expected`: of the outliers, were all pictures normal."""
+
+HISTOGRAMS = _counts("p_value_counts", *(_count(f"bin{k}") for k in range(BINS)))
+"""p-values by the hour and the day."""
+
+COUNTED_SINCE = Table(
+    "counted_since",
+    METADATA,
+    Column("span", Integer, primary_key=True, autoincrement=False),
+    Column("start", Integer, nullable=False),
+)
+"""From when on (minutes since 1970) there are all counts of a span; those before were deleted, or never made."""
+
+PICTURE_BYTES = Table(
+    "picture_bytes",
     METADATA,
     Column("hour", Integer, primary_key=True, autoincrement=False),
-    Column("model", String(64), primary_key=True),
-    Column("version", String(16), primary_key=True),
-    Column("source", String(64), primary_key=True),
-    Column("bin", Integer, primary_key=True, autoincrement=False),
-    Column("n", Integer, nullable=False),
+    _count("pictures"),
+    _count("bytes"),
 )
-"""p-values counted by hour since 1970, in bins of equal width."""
+"""How much is kept of each hour's pictures, hours since 1970."""
 
-BINS = 20
-
-WORKERS = Table("workers", METADATA, Column("number", Integer, primary_key=True), Column("at", Double, nullable=False))
-"""Processes that opened the store, to be told apart by number."""
+WORKERS = Table(
+    "worker_numbers",
+    METADATA,
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    _name("holder"),
+    Column("until", Double, nullable=False),
+)
+"""Numbers lent to processes, by which their verdicts' ids are told apart; `until`: by the database's clock."""
 
 AUDIT = Table(
     "audit",
@@ -133,6 +193,8 @@ AUDIT = Table(
     Column("after", Text),
 )
 """Every change that a person made; `before` and `after` are JSON. Its last number tells other processes to look."""
+
+BY_ACTION = Index("audit_by_action", AUDIT.c.action, AUDIT.c.number)
 
 
 def _decision(name: str, *columns: Column[Any]) -> Table:
@@ -164,8 +226,11 @@ CALIBRATIONS = _decision(
     Column("base", String(16), nullable=False),
     _version(),
     Column("scores", LargeBinary),
+    Column("seen", LargeBinary),
+    Column("independent", Boolean),
 )
-"""`base`: the bundle's version. `scores`: little-endian float64; null: the bundle's own calibration."""
+"""`base`: the bundle's version. `scores`: little-endian float64; null: the bundle's own calibration. `seen`: hashes of
+these pictures, little-endian uint64. `independent`: that no two of them belong together; null: nobody said so."""
 
 ALARMS = Table(
     "alarms",
@@ -193,6 +258,34 @@ SESSIONS = Table(
 )
 """Who is signed in on the page: see `sessions.Sessions`. Nothing in it lets anybody in."""
 
+SCANS = Table(
+    "scans",
+    METADATA,
+    Column("id", _NUMBER, primary_key=True, autoincrement=False),
+    Column("name", String(255), nullable=False),
+    _name("model"),
+    _version(),
+    _name("source"),
+    _name("by"),
+    Column("started", Double, nullable=False),
+    Column("finished", Double, nullable=False),
+    _count("scored"),
+    _count("failed"),
+    _count("outliers"),
+    Column("expected_rate", Double, nullable=False),
+    Column("alpha", Double, nullable=False),
+)
+"""Scans of whole folders, as their commands told of them. `id`: of `ids.Ids`."""
+
+SCAN_REPORTS = Table(
+    "scan_reports",
+    METADATA,
+    Column("id", _NUMBER, primary_key=True, autoincrement=False),
+    Column("bytes", Integer, nullable=False),
+    Column("html", LargeBinary, nullable=False),
+)
+"""Their reports, compressed (zlib); `bytes`: as they were sent."""
+
 _VERSIONS = Table(
     "schema_version", METADATA, Column("number", Integer, primary_key=True), Column("at", Double, nullable=False)
 )
@@ -206,12 +299,88 @@ def _create(*tables: Table) -> Callable[[Connection], None]:
     return step
 
 
+def _widen(*columns: Column[Any]) -> Callable[[Connection], None]:
+    """Add what tables lack; those that an earlier step has just made have it already."""
+
+    def step(connection: Connection) -> None:
+        for column in columns:
+            known = {found["name"] for found in inspect(connection).get_columns(column.table.name)}
+            if column.name not in known:
+                kind = column.type.compile(connection.dialect)
+                connection.execute(text(f'ALTER TABLE {column.table.name} ADD COLUMN "{column.name}" {kind}'))
+
+    return step
+
+
+def _sort_by_kind(connection: Connection) -> None:
+    """Give every verdict its kind, and every review what was said of it, each with an index."""
+    v, k = VERDICTS.c, KINDS.c
+    KINDS.create(connection)
+    high = case(*((v.p_value <= end, literal(end, Double)) for end in RARITY), else_=1.0)
+    pairs = zip((-1.0, *RARITY), RARITY, strict=False)
+    low = case(*((v.p_value <= end, literal(start, Double)) for start, end in pairs), else_=RARITY[-2])
+    kinds = select(v.model, v.source, v.outlier, low, high).distinct()
+    connection.execute(insert(KINDS).from_select(["model", "source", "outlier", "low", "high"], kinds))
+    connection.execute(text("ALTER TABLE verdicts ADD COLUMN kind INTEGER DEFAULT 0 NOT NULL"))
+    same = (k.model == v.model, k.source == v.source, k.outlier == v.outlier, k.high == high)
+    number = select(k.number).where(*same).correlate(VERDICTS).scalar_subquery()
+    connection.execute(update(VERDICTS).values(kind=number))
+    for index in first_schema.VERDICTS.indexes:
+        index.drop(connection)
+    said = select(FEEDBACK.c.label).where(FEEDBACK.c.id == REVIEWS.c.id).scalar_subquery()
+    connection.execute(update(REVIEWS).where(REVIEWS.c.label.is_(None)).values(label=said))
+    for index in (BY_KIND, BY_ACTION, *TO_REVIEW, REVIEWS_BY_MODEL):
+        index.create(connection, checkfirst=True)
+
+
+def _count_by_spans(connection: Connection) -> None:
+    """Counts by the minute are added up to hours and days, histograms by the hour to days."""
+    rates, histograms, pictures = first_schema.RATES.c, first_schema.HISTOGRAMS.c, PICTURES.c
+    for table in (RATES, HISTOGRAMS, COUNTED_SINCE, PICTURE_BYTES):
+        table.create(connection)
+    for span in (MINUTE, HOUR, DAY):
+        start = rates.minute - rates.minute % span
+        whose = (start, rates.model, rates.version, rates.source)
+        sums = (func.sum(column) for column in (rates.scored, rates.outliers, rates.expected))
+        found = select(literal(span), *whose, *sums).group_by(*whose)
+        connection.execute(insert(RATES).from_select([column.name for column in RATES.c], found))
+    for span in (HOUR, DAY):
+        minute = histograms.hour * 60
+        whose = (minute - minute % span, histograms.model, histograms.version, histograms.source)
+        bins = (func.sum(case((histograms.bin == k, histograms.n), else_=0)) for k in range(BINS))
+        found = select(literal(span), *whose, *bins).group_by(*whose)
+        connection.execute(insert(HISTOGRAMS).from_select([column.name for column in HISTOGRAMS.c], found))
+    first_schema.RATES.drop(connection)
+    first_schema.HISTOGRAMS.drop(connection)
+    sizes: dict[int, list[int]] = {}
+    for number, size in connection.execute(select(pictures.id, pictures.bytes)):
+        counted = sizes.setdefault(int(ids.seconds_of(number) // 3600), [0, 0])
+        counted[0] += 1
+        counted[1] += size
+    rows = [{"hour": hour, "pictures": count, "bytes": size} for hour, (count, size) in sizes.items()]
+    if rows:
+        connection.execute(insert(PICTURE_BYTES), rows)
+
+
+def _lend_numbers(connection: Connection) -> None:
+    first_schema.WORKERS.drop(connection)
+    WORKERS.create(connection)
+
+
 STEPS: tuple[Callable[[Connection], None], ...] = (
-    _create(VERDICTS, PICTURES, REVIEWS, FEEDBACK, RATES, HISTOGRAMS, WORKERS, AUDIT),
+    _create(
+        first_schema.VERDICTS, PICTURES, REVIEWS, FEEDBACK, first_schema.RATES, first_schema.HISTOGRAMS,
+        first_schema.WORKERS, AUDIT,
+    ),
     _create(POLICIES, ACTIVATIONS, CALIBRATIONS),
+    _sort_by_kind,
+    _count_by_spans,
+    _lend_numbers,
+    _create(SCANS, SCAN_REPORTS),
     _create(ALARMS),
     _create(SESSIONS),
-)
+    _widen(REVIEWS.c.content, CALIBRATIONS.c.seen, CALIBRATIONS.c.independent),
+)  # fmt: skip
 """Step k makes version k of version k - 1. A released one is never changed: a further one adds what a table lacks."""
 
 

@@ -15,7 +15,7 @@ from archiving import tarred, zipped
 from serving import Server, running
 
 from anomaly_vae import AsyncClient, Client, ConfigError, DataError, Detector, Retries, ServiceError
-from anomaly_vae.answers import Scored, Unscored
+from anomaly_vae.answers import Retired, Scored, Unscored
 from service.keys import KeyFile, Role, made
 
 ONCE = Retries(times=0)
@@ -119,6 +119,9 @@ def test_the_whole_interface(client, pictures, tiny_bundle):
     loaded = client.load("second", name, activate=True)
     assert loaded.version == version
     assert client.activate("second", version).name == "second"
+    assert client.retire("second") == Retired(name="second", retired=[version], loaded=[])
+    with pytest.raises(ServiceError, match="not loaded"):
+        client.retire(name, "0123456789ab")
     with pytest.raises(ServiceError) as caught:
         client.rollback(name)
     assert (caught.value.code, caught.value.status) == ("nothing_before", 409)
