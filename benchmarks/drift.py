@@ -353,7 +353,7 @@ def _simulated(found: Mapping[str, Any]) -> Iterator[str]:
         )
     yield "\n| n, alpha | tolerated | rise to | quiet before | found | after pictures |\n|---|---|---|---|---|---|"
     for row in found["delays"]:
-        of = f"{row['rise'] * row['alpha']:.0%} (x {row['rise']:g})"
+        of = f"{min(0.95, row['rise'] * row['alpha']):.0%} (x {row['rise']:g})"
         after = "-" if row["median"] is None else f"{row['median']:.0f} ({row['low']:.0f}-{row['high']:.0f})"
         yield (
             f"| {row['n']}, {row['alpha']:g} | {row['tolerated']:.2%} | {of} | {row['quiet']:,} | "
