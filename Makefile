@@ -6,7 +6,7 @@ PORT ?= 8765
 DATA ?= ../shared/data
 FACES ?= $(DATA)/faces_london
 
-.PHONY: help install demo faces latents test seeds quality lint types wheel-check clean
+.PHONY: help install demo faces latents test seeds quality lint types wheel-check image-check dashboards clean
 
 help:
 	@echo "make demo         train, calibrate, serve and score once, on handwritten digits (CHECK=1: stop, fail if short)"
@@ -14,6 +14,8 @@ help:
 	@echo "make latents      faces that smile by arithmetic, digits in 2 and 28 latents; about 10 minutes (DATA as for seeds)"
 	@echo "make test         lint, types and the whole test suite"
 	@echo "make wheel-check  install the built wheel into an empty environment and run the demo's check there"
+	@echo "make image-check  carry out the Dockerfile's steps in an empty environment, and serve by its entry point"
+	@echo "make dashboards   write deploy/grafana/dashboards/*.json from their code"
 	@echo "make seeds        train every preset briefly on the real pictures in DATA, and print tables (QUICK=1: a few steps)"
 	@echo "make quality      detection quality against baselines, into docs/quality.md; hours on a CPU (QUICK=1: minutes, into build/)"
 	@echo "make clean        remove what these made"
@@ -46,7 +48,7 @@ types: .venv/.installed-dev
 	$(BIN)/mypy
 
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # Outside the clone: what the wheel lacks is then missed.
 wheel-check: .venv/.installed-dev
@@ -55,6 +57,13 @@ wheel-check: .venv/.installed-dev
 	$(PYTHON) -m venv build/wheel/env
 	build/wheel/env/bin/pip install --quiet build/wheel/*.whl
 	cd build/wheel && env/bin/anomaly-vae demo --check --folder demo
+
+# The Dockerfile's steps in a clean environment, its entry point and health check; no container engine is needed.
+image-check: .venv/.installed
+	$(BIN)/python deploy/check.py --target cpu $(ARGS)
+
+dashboards: .venv/.installed
+	$(BIN)/python deploy/grafana/dashboards.py
 
 seeds: .venv/.installed
 	$(BIN)/python benchmarks/seeds.py --data $(DATA) --out build/seeds/seeds.json $(if $(QUICK),--quick) $(ARGS)

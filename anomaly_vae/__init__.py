@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from anomaly_vae.async_client import AsyncClient as AsyncClient
+    from anomaly_vae.bundle import glance as glance
     from anomaly_vae.bundle import write_durably as write_durably
     from anomaly_vae.client import Client as Client
     from anomaly_vae.detector import Detector as Detector
-    from anomaly_vae.detector import Judgement as Judgement
-    from anomaly_vae.detector import Policy as Policy
     from anomaly_vae.engine import Engine as Engine
     from anomaly_vae.engine import pick_device as pick_device
     from anomaly_vae.errors import AnomalyVaeError as AnomalyVaeError
@@ -29,10 +28,14 @@ if TYPE_CHECKING:
     from anomaly_vae.images import decode as decode
     from anomaly_vae.images import encode_png as encode_png
     from anomaly_vae.images import peek as peek
+    from anomaly_vae.judgement import Judgement as Judgement
+    from anomaly_vae.judgement import Policy as Policy
+    from anomaly_vae.overlaying import overlay_png as overlay_png
     from anomaly_vae.recipe import DetectorSpec as DetectorSpec
     from anomaly_vae.regions import regions_json as regions_json
     from anomaly_vae.rendering import heatmap_png as heatmap_png
     from anomaly_vae.retrying import Retries as Retries
+    from anomaly_vae.seeds import content_hash as content_hash
     from anomaly_vae.spec import Spec as Spec
     from anomaly_vae.spec import dump_yaml as dump_yaml
     from anomaly_vae.spec import override as override
@@ -54,17 +57,20 @@ _HOME = {
     "DetectorSpec": "recipe",
     "Engine": "engine",
     "ImageSpec": "images",
-    "Judgement": "detector",
-    "Policy": "detector",
+    "Judgement": "judgement",
+    "Policy": "judgement",
     "Retries": "retrying",
     "ServiceError": "errors",
     "Spec": "spec",
     "TrainingError": "errors",
     "VAEOutlierDetector": "estimator",
+    "content_hash": "seeds",
     "decode": "images",
     "dump_yaml": "spec",
     "encode_png": "images",
+    "glance": "bundle",
     "heatmap_png": "rendering",
+    "overlay_png": "overlaying",
     "override": "spec",
     "parse_yaml": "spec",
     "peek": "images",
@@ -74,7 +80,7 @@ _HOME = {
     "write_durably": "bundle",
 }
 
-_MODULES = ("answers", "drift")
+_MODULES = ("answers", "drift", "watch_answers")
 
 __all__ = [*sorted(_HOME), *_MODULES, "__version__"]
 

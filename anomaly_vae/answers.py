@@ -78,9 +78,13 @@ class Latent(Reply):
 
 
 class Neighbour(Reply):
-    """The normal picture with the most similar code; `distance`: root mean square of their deviations."""
+    """The normal picture with the most similar code; `distance`: root mean square of their deviations.
 
-    name: str
+    `id` stands for it; `name` is for the roles `read` and `admin`, null for others.
+    """
+
+    id: str
+    name: str | None
     distance: float
 
 
@@ -95,7 +99,8 @@ class Explanation(Reply):
 class Scored(Reply):
     """A picture's verdict; a higher `score` is more unusual. `threshold`: of the score, null where p-values decide.
 
-    `parts`: every score beside the fused one, null where it was no number. `heatmap_png`: base64.
+    `parts`: every score beside the fused one, null where it was no number. `heatmap_png`: base64. `reconstruction_png`:
+    likewise, null where no model makes pictures.
     """
 
     id: VerdictId
@@ -109,6 +114,7 @@ class Scored(Reply):
     parts: dict[str, float | None] | None = None
     regions: list[Region] | None = None
     heatmap_png: str | None = None
+    reconstruction_png: str | None = None
     explanation: Explanation | None = None
 
 
@@ -175,6 +181,14 @@ class ModelList(Reply):
     bundles: list[str]
 
 
+class Retired(Reply):
+    """Which versions of a model are in memory no more, and which still are."""
+
+    name: str
+    retired: list[str]
+    loaded: list[str]
+
+
 class PolicyRevision(Reply):
     """One decision on the policy; all None: the bundle's own."""
 
@@ -215,11 +229,15 @@ class Recalibrated(Reply):
 
 
 class Ranking(Reply):
-    """`flagged_normals`: the share of the reviewed normals that is flagged, to be held against the expected rate."""
+    """`flagged_normals`: the share of the reviewed normals that is flagged, to be held against the expected rate.
+
+    `band`: where the rate lies nine times in ten; null where the pictures may belong together, or with K-fold.
+    """
 
     version: str
     normals: Count
     expected_false_alarm_rate: Share
+    band: tuple[Share, Share] | None
     flagged_normals: Share | None
 
 
@@ -302,42 +320,6 @@ class ReviewPage(Reply):
     verdicts: list[ToReview]
 
 
-class Alarm(Reply):
-    """Whether a source's stream still looks as calibration did. `rate`: more outliers; `shift`: most pictures moved.
-
-    `since`: when it was raised. `limit`: of `evidence` (rate), or of `effect` (shift: from -1 to 1, in `part`).
-    `images`: how many it rests on. `tolerated_rate`: of outliers, explained by calibration and the source's base rate;
-    `recent_rate`: since evidence began to grow. `promised`: whether the bound on false alarms is proven.
-    """
-
-    id: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
-    model: str
-    version: str
-    source: str
-    kind: Literal["rate", "shift"]
-    raised: bool
-    since: datetime | None
-    evidence: float | None
-    limit: float
-    observed_rate: Share | None
-    expected_rate: Share
-    tolerated_rate: Share
-    recent_rate: Share | None
-    images: Count
-    recent_images: Count
-    promised: bool
-    part: str | None
-    effect: float | None
-    message: str
-    examples: list[VerdictId]
-
-
-class AlarmList(Reply):
-    """Both alarms of each source whose pictures the active versions have judged."""
-
-    alarms: list[Alarm]
-
-
 class Change(Reply):
     """What somebody changed."""
 
@@ -355,6 +337,36 @@ class Audit(Reply):
 
     changes: list[Change]
     next: int | None
+
+
+class ScoreCounts(Reply):
+    """Scores counted between `edges` (one more than bins): the normals of the calibration and the last verdicts.
+
+    Scores beyond the edges count in the first or the last bin. `threshold`: null where p-values decide.
+    """
+
+    version: str
+    edges: list[float]
+    calibration: list[Count]
+    recent: list[Count]
+    threshold: float | None
+
+
+class Session(Reply):
+    """Who is signed in on the page: `key` names the key, None for nobody. `needed`: whether keys are asked for."""
+
+    needed: bool
+    key: str | None
+    role: Literal["score", "read", "admin"] | None
+    ends: datetime | None
+
+
+class VerdictRegions(Reply):
+    """Boxes around what is hot, in pixels of the kept picture; `width` and `height` are its own."""
+
+    width: Count
+    height: Count
+    regions: list[Region]
 
 
 class Live(Reply):

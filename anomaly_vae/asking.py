@@ -18,7 +18,8 @@ Picture: TypeAlias = bytes | str | Path | tuple[str, bytes]
 """The bytes of a picture file, perhaps with a name that the service shows, or the path of one."""
 Moment: TypeAlias = datetime | str
 """A time, or ISO 8601; without a zone a `datetime` is in this machine's, a text in UTC."""
-Heat = Literal["none", "regions", "png"]
+Heat = Literal["none", "regions", "png", "overlay"]
+Style = Literal["png", "overlay"]
 Mode = Literal["average", "guaranteed"]
 _PAGE = 1000
 _CHUNK = 256 * 1024

@@ -22,6 +22,7 @@ from anomaly_vae.answers import (
     Rates,
     Ready,
     Recalibrated,
+    Retired,
     ReviewPage,
     Scored,
     Scores,
@@ -38,6 +39,7 @@ from anomaly_vae.asking import (
     Mode,
     Moment,
     Picture,
+    Style,
     cut_off,
     get,
     line_of,
@@ -52,11 +54,12 @@ from anomaly_vae.asking import (
     verdict_path,
 )
 from anomaly_vae.client import Connected, answer_of
+from anomaly_vae.scan_calls import AsyncScanCalls
 
 _T = TypeVar("_T")
 
 
-class AsyncClient(Connected[httpx.AsyncClient]):
+class AsyncClient(AsyncScanCalls, Connected[httpx.AsyncClient]):
     """A service, asked from one event loop by any number of tasks. To be closed, or used as a context manager."""
 
     _kind = httpx.AsyncClient
@@ -79,6 +82,7 @@ class AsyncClient(Connected[httpx.AsyncClient]):
         heatmap: Heat = "none",
         parts: bool = True,
         explain: bool = False,
+        reconstruction: bool = False,
         deadline: float | None = None,
     ) -> Scores:
         """Score pictures (bytes, paths, or names with bytes) in one request; a bad one has an `error` in its place.
@@ -86,7 +90,8 @@ class AsyncClient(Connected[httpx.AsyncClient]):
         Raises `ServiceError` where none could be scored. `deadline`: seconds, retries and all. A picture whose answer
         was lost is sent again, and then counts twice in what the service keeps.
         """
-        wanted = {"model": model, "alpha": alpha, "heatmap": heatmap, "parts": parts, "explain": explain}
+        wanted = {"model": model, "alpha": alpha, "heatmap": heatmap, "parts": parts, "explain": explain,
+                  "reconstruction": reconstruction}  # fmt: skip
         return await self._do(await asyncio.to_thread(to_score, pictures, wanted, deadline))
 
     async def score_one(
@@ -98,10 +103,12 @@ class AsyncClient(Connected[httpx.AsyncClient]):
         heatmap: Heat = "none",
         parts: bool = True,
         explain: bool = False,
+        reconstruction: bool = False,
         deadline: float | None = None,
     ) -> Scored:
         """Score a picture; as `score`, and a picture that cannot be scored raises `ServiceError`."""
-        wanted = {"model": model, "alpha": alpha, "heatmap": heatmap, "parts": parts, "explain": explain}
+        wanted = {"model": model, "alpha": alpha, "heatmap": heatmap, "parts": parts, "explain": explain,
+                  "reconstruction": reconstruction}  # fmt: skip
         return only_one(await self._do(await asyncio.to_thread(to_score, [picture], wanted, deadline)))
 
     async def score_archive(
@@ -113,6 +120,7 @@ class AsyncClient(Connected[httpx.AsyncClient]):
         heatmap: Heat = "none",
         parts: bool = True,
         explain: bool = False,
+        reconstruction: bool = False,
         deadline: float | None = None,
     ) -> AsyncIterator[Scored | Unscored]:
         """Score the pictures of a zip, tar or tar.gz, each outcome as it comes, in the archive's order.
@@ -120,7 +128,8 @@ class AsyncClient(Connected[httpx.AsyncClient]):
         Raises `ServiceError` where the archive was not finished, which is after what was scored. Nothing is sent again
         once there was an outcome. Close the iterator (`contextlib.aclosing`) to end the work early.
         """
-        wanted = {"model": model, "alpha": alpha, "heatmap": heatmap, "parts": parts, "explain": explain}
+        wanted = {"model": model, "alpha": alpha, "heatmap": heatmap, "parts": parts, "explain": explain,
+                  "reconstruction": reconstruction}  # fmt: skip
         sent = Archive(Path(archive), wanted, deadline)
         turns = self._turns(sent.ask)
         began: Answer | None = None
@@ -164,6 +173,10 @@ class AsyncClient(Connected[httpx.AsyncClient]):
         """Answer by the bundle before again."""
         return await self._do(load(model_path(model, ":rollback"), Model))
 
+    async def retire(self, model: str, version: str | None = None) -> Retired:
+        """Forget a version that is not active, or (without one) a whole model, and free its memory."""
+        return await self._do(post(model_path(model, ":retire"), Retired, version=version))
+
     async def policy(self, model: str) -> PolicyBook:
         """The policy in force, and what was decided before."""
         return await self._do(get(model_path(model, "/policy"), PolicyBook))
@@ -194,10 +207,13 @@ class AsyncClient(Connected[httpx.AsyncClient]):
         return await self._do(post(model_path(model, "/policy:rollback"), PolicyBook))
 
     async def recalibrate(
-        self, model: str, *, minimum: int = 100, preview: bool = False, undo: bool = False
+        self, model: str, *, minimum: int = 100, preview: bool = False, undo: bool = False, independent: bool = False
     ) -> Recalibrated:
-        """Rank among the normals found in review, at least `minimum` of them; `preview`: only tell what would be."""
-        wanted = {"minimum": minimum, "preview": preview, "undo": undo}
+        """Rank among the normals found in review, at least `minimum` of them; `preview`: only tell what would be.
+
+        `independent`: that no two of them belong together, so that a band may be claimed.
+        """
+        wanted = {"minimum": minimum, "preview": preview, "undo": undo, "independent": independent}
         return await self._do(post(model_path(model, ":recalibrate"), Recalibrated, **wanted))
 
     async def verdicts(
@@ -233,9 +249,9 @@ class AsyncClient(Connected[httpx.AsyncClient]):
         """What the model saw of its picture, as PNG, where it was kept."""
         return await self._do(get(verdict_path(verdict, "/image"), bytes))
 
-    async def heatmap(self, verdict: str) -> bytes:
-        """The heat map of its picture, as PNG, where the picture was kept."""
-        return await self._do(get(verdict_path(verdict, "/heatmap"), bytes))
+    async def heatmap(self, verdict: str, *, style: Style = "png") -> bytes:
+        """The heat map of its picture, as PNG, where the picture was kept; `overlay`: the picture itself under it."""
+        return await self._do(get(verdict_path(verdict, "/heatmap"), bytes, {"style": style}))
 
     async def forget(self, verdict: str, *, picture_only: bool = False) -> int:
         """Forget a verdict with its picture and feedback, or the picture alone; how many there are no longer."""

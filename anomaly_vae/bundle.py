@@ -34,8 +34,28 @@ class Bundle:
     @property
     def content_hash(self) -> str:
         """SHA-256 over the description and the hashes of the files: 64 hex digits."""
-        described = {"description": self.description, "files": _hashes(self.files)}
-        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+        return _content_hash(self.description, _hashes(self.files))
+
+
+@dataclass(frozen=True)
+class Glance:
+    """What a bundle's manifest says: its version, its description, and how many bytes its files have."""
+
+    version: str
+    description: dict[str, Any]
+    size: int
+
+
+def glance(path: Path) -> Glance:
+    """Read the manifest of the bundle `path` and no more; raises `BundleError` where it contradicts itself."""
+    if not (path / MANIFEST).is_file():
+        raise _no_bundle(path)
+    manifest = _read_manifest(path)
+    files = [path / name for name in manifest["files"] if Path(name).name == name]
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    if not isinstance(manifest["description"].get("spec"), dict):
+        raise BundleError(f"{path / MANIFEST} describes no detector; give the folder that `train --out` wrote")
+    return Glance(_checked_hash(path, manifest)[:12], manifest["description"], size)
 
 
 def write_bundle(path: Path, bundle: Bundle, replace: bool = False) -> None:
@@ -71,17 +91,11 @@ def check_place(path: Path, replace: bool) -> None:
 def read_bundle(path: Path) -> Bundle:
     """Read and check the folder `path`; raises `BundleError` when missing, damaged, or of a newer format."""
     if not (path / MANIFEST).is_file():
-        raise BundleError(f"{path} is no bundle (it has no {MANIFEST}); give the folder that `train --out` wrote")
+        raise _no_bundle(path)
     manifest = _read_manifest(path)
     files = {name: _read_checked(path, name, wanted) for name, wanted in manifest["files"].items()}
-    bundle = Bundle(manifest["description"], files, _read_metrics(path / METRICS))
-    try:
-        found = bundle.content_hash
-    except (TypeError, ValueError):
-        found = ""
-    if manifest.get("content_hash") != found:
-        raise BundleError(f"{path}/{MANIFEST} was changed after training; restore the bundle from a copy")
-    return bundle
+    _checked_hash(path, manifest)
+    return Bundle(manifest["description"], files, _read_metrics(path / METRICS))
 
 
 def write_durably(path: Path, data: bytes, mode: int = 0o666) -> None:
@@ -96,6 +110,26 @@ def write_durably(path: Path, data: bytes, mode: int = 0o666) -> None:
         os.fsync(file.fileno())
     temporary.replace(path)
     _sync_folder(path.parent)
+
+
+def _no_bundle(path: Path) -> BundleError:
+    return BundleError(f"{path} is no bundle (it has no {MANIFEST}); give the folder that `train --out` wrote")
+
+
+def _checked_hash(path: Path, manifest: dict[str, Any]) -> str:
+    """The content hash, which is of what the manifest says and of the hashes of the files that it lists."""
+    try:
+        found = _content_hash(manifest["description"], manifest["files"])
+    except (TypeError, ValueError):
+        found = ""
+    if manifest.get("content_hash") != found:
+        raise BundleError(f"{path}/{MANIFEST} was changed after training; restore the bundle from a copy")
+    return found
+
+
+def _content_hash(description: dict[str, Any], hashes: Mapping[str, str]) -> str:
+    described = {"description": description, "files": dict(sorted(hashes.items()))}
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -162,7 +196,9 @@ def _read_checked(folder: Path, name: str, wanted: str) -> bytes:
 
 def _read_metrics(path: Path) -> dict[str, Any]:
     try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
+        # What is no plain file may be a pipe that never ends, or something outside of the bundle.
+        plain = path.is_file() and not path.is_symlink()
+        metrics = json.loads(path.read_text(encoding="utf-8")) if plain else {}
     except (OSError, ValueError):
         return {}
     return metrics if isinstance(metrics, dict) else {}

@@ -27,6 +27,9 @@ picture scores that differ by less, according to the batch it came in, and its r
 ALPHA_LADDER = (0.001, 0.01, 0.05, 0.10)
 """The default alpha is the smallest of these that the calibration images support."""
 
+UNKNOWN_GROUPS = 0
+"""Of images that may belong together, nobody knows which."""
+
 LEAST_ALPHA = 1e-9
 """A rate that takes a thousand million calibration images; nobody means a smaller one."""
 
@@ -91,9 +94,9 @@ class Calibration:
     (cross-conformal, Vovk 2015) and p sums the counts over members. With k of `rank_allowed`, outliers have a weighted
     mean of the members' own p-values of at most (k + K - 1) / (n + K), and twice a mean of p-values is a p-value (Vovk
     and Wang 2020): the rate is proven to be at most twice that. It is near alpha in practice.
-    `groups`: number of independent groups of images, when they are not exchangeable one by one. `tie`: as `TIE`, for
-    scores that may lie further from those that calibration would have ranked; where they lie no further, p-values are
-    at least as large as calibration would have found them.
+    `groups`: number of independent groups of images, when they are not exchangeable one by one; see `UNKNOWN_GROUPS`.
+    `tie`: as `TIE`, for scores that may lie further from those that calibration would have ranked; where they lie no
+    further, p-values are at least as large as calibration would have found them.
     """
 
     scores: tuple[Floats, ...]

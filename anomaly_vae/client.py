@@ -13,8 +13,6 @@ from urllib.parse import quote
 import httpx
 
 from anomaly_vae.answers import (
-    Alarm,
-    AlarmList,
     Audit,
     Change,
     Forgotten,
@@ -26,6 +24,7 @@ from anomaly_vae.answers import (
     Rates,
     Ready,
     Recalibrated,
+    Retired,
     ReviewPage,
     Scored,
     Scores,
@@ -42,6 +41,7 @@ from anomaly_vae.asking import (
     Mode,
     Moment,
     Picture,
+    Style,
     cut_off,
     get,
     line_of,
@@ -57,6 +57,8 @@ from anomaly_vae.asking import (
 )
 from anomaly_vae.errors import ConfigError
 from anomaly_vae.retrying import Retries, Turns
+from anomaly_vae.scan_calls import ScanCalls
+from anomaly_vae.watch_answers import Alarm, AlarmList
 
 _T = TypeVar("_T")
 _Http = TypeVar("_Http", httpx.Client, httpx.AsyncClient)
@@ -114,7 +116,7 @@ def answer_of(response: httpx.Response, content: bytes = b"") -> Answer:
     return Answer(response.status_code, {name.lower(): value for name, value in response.headers.items()}, content)
 
 
-class Client(Connected[httpx.Client]):
+class Client(ScanCalls, Connected[httpx.Client]):
     """A service, asked and waited for. To be closed, or used as a context manager; several threads may use it."""
 
     _kind = httpx.Client
@@ -137,6 +139,7 @@ class Client(Connected[httpx.Client]):
         heatmap: Heat = "none",
         parts: bool = True,
         explain: bool = False,
+        reconstruction: bool = False,
         deadline: float | None = None,
     ) -> Scores:
         """Score pictures (bytes, paths, or names with bytes) in one request; a bad one has an `error` in its place.
@@ -144,7 +147,8 @@ class Client(Connected[httpx.Client]):
         Raises `ServiceError` where none could be scored. `deadline`: seconds, retries and all. A picture whose answer
         was lost is sent again, and then counts twice in what the service keeps.
         """
-        wanted = {"model": model, "alpha": alpha, "heatmap": heatmap, "parts": parts, "explain": explain}
+        wanted = {"model": model, "alpha": alpha, "heatmap": heatmap, "parts": parts, "explain": explain,
+                  "reconstruction": reconstruction}  # fmt: skip
         return self._do(to_score(pictures, wanted, deadline))
 
     def score_one(
@@ -156,10 +160,12 @@ class Client(Connected[httpx.Client]):
         heatmap: Heat = "none",
         parts: bool = True,
         explain: bool = False,
+        reconstruction: bool = False,
         deadline: float | None = None,
     ) -> Scored:
         """Score a picture; as `score`, and a picture that cannot be scored raises `ServiceError`."""
-        wanted = {"model": model, "alpha": alpha, "heatmap": heatmap, "parts": parts, "explain": explain}
+        wanted = {"model": model, "alpha": alpha, "heatmap": heatmap, "parts": parts, "explain": explain,
+                  "reconstruction": reconstruction}  # fmt: skip
         return only_one(self._do(to_score([picture], wanted, deadline)))
 
     def score_archive(
@@ -171,6 +177,7 @@ class Client(Connected[httpx.Client]):
         heatmap: Heat = "none",
         parts: bool = True,
         explain: bool = False,
+        reconstruction: bool = False,
         deadline: float | None = None,
     ) -> Iterator[Scored | Unscored]:
         """Score the pictures of a zip, tar or tar.gz, each outcome as it comes, in the archive's order.
@@ -178,7 +185,8 @@ class Client(Connected[httpx.Client]):
         Raises `ServiceError` where the archive was not finished, which is after what was scored. Nothing is sent again
         once there was an outcome. Close the iterator (`contextlib.closing`) to end the work early.
         """
-        wanted = {"model": model, "alpha": alpha, "heatmap": heatmap, "parts": parts, "explain": explain}
+        wanted = {"model": model, "alpha": alpha, "heatmap": heatmap, "parts": parts, "explain": explain,
+                  "reconstruction": reconstruction}  # fmt: skip
         sent = Archive(Path(archive), wanted, deadline)
         turns = self._turns(sent.ask)
         began: Answer | None = None
@@ -221,6 +229,10 @@ class Client(Connected[httpx.Client]):
         """Answer by the bundle before again."""
         return self._do(load(model_path(model, ":rollback"), Model))
 
+    def retire(self, model: str, version: str | None = None) -> Retired:
+        """Forget a version that is not active, or (without one) a whole model, and free its memory."""
+        return self._do(post(model_path(model, ":retire"), Retired, version=version))
+
     def policy(self, model: str) -> PolicyBook:
         """The policy in force, and what was decided before."""
         return self._do(get(model_path(model, "/policy"), PolicyBook))
@@ -248,9 +260,14 @@ class Client(Connected[httpx.Client]):
         """Judge by the policy before again."""
         return self._do(post(model_path(model, "/policy:rollback"), PolicyBook))
 
-    def recalibrate(self, model: str, *, minimum: int = 100, preview: bool = False, undo: bool = False) -> Recalibrated:
-        """Rank among the normals found in review, at least `minimum` of them; `preview`: only tell what would be."""
-        wanted = {"minimum": minimum, "preview": preview, "undo": undo}
+    def recalibrate(
+        self, model: str, *, minimum: int = 100, preview: bool = False, undo: bool = False, independent: bool = False
+    ) -> Recalibrated:
+        """Rank among the normals found in review, at least `minimum` of them; `preview`: only tell what would be.
+
+        `independent`: that no two of them belong together, so that a band may be claimed.
+        """
+        wanted = {"minimum": minimum, "preview": preview, "undo": undo, "independent": independent}
         return self._do(post(model_path(model, ":recalibrate"), Recalibrated, **wanted))
 
     def verdicts(
@@ -283,9 +300,9 @@ class Client(Connected[httpx.Client]):
         """What the model saw of its picture, as PNG, where it was kept."""
         return self._do(get(verdict_path(verdict, "/image"), bytes))
 
-    def heatmap(self, verdict: str) -> bytes:
-        """The heat map of its picture, as PNG, where the picture was kept."""
-        return self._do(get(verdict_path(verdict, "/heatmap"), bytes))
+    def heatmap(self, verdict: str, *, style: Style = "png") -> bytes:
+        """The heat map of its picture, as PNG, where the picture was kept; `overlay`: the picture itself under it."""
+        return self._do(get(verdict_path(verdict, "/heatmap"), bytes, {"style": style}))
 
     def forget(self, verdict: str, *, picture_only: bool = False) -> int:
         """Forget a verdict with its picture and feedback, or the picture alone; how many there are no longer."""

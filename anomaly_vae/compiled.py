@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,10 +101,30 @@ def _recording(scoring: Scoring, pictures: Tensor) -> Callable[[Tensor], Tensor]
             warnings.simplefilter("ignore")
             traced = torch.jit.trace(scoring, (pictures[-_RECORDED:],), check_trace=False)  # type: ignore[no-untyped-call]
             # Folding batch norms into convolutions would move scores by up to 1e-4 quartile ranges, for 4% of the time.
-            playing: Callable[[Tensor], Tensor] = torch.jit.freeze(traced, optimize_numerics=False)
+            playing = _freed(torch.jit.freeze(traced, optimize_numerics=False), traced)
         return playing if all(_agree(scoring, playing, pictures[i : i + size]) for i, size in _TRIED) else None
     except Exception:  # whatever a recorder cannot do, Python can
         return None
+
+
+def _freed(frozen: Any, traced: Any) -> Callable[[Tensor], Tensor]:
+    """`frozen` as a function that takes its weights along when it goes.
+
+    PyTorch keeps the code of all modules that were ever recorded, weights that were frozen into it and all, until the
+    process ends. So the code is copied into a function, which is nobody's but ours, and the modules' own is emptied.
+    """
+    graph = frozen.graph.copy()
+    itself, *_ = graph.inputs()
+    if itself.uses():
+        found: Callable[[Tensor], Tensor] = frozen
+        return found
+    graph.eraseInput(0)
+    playing: Callable[[Tensor], Tensor] = torch._C._create_function_from_graph("playing", graph)
+    for old in (frozen.graph, traced.graph):
+        for _ in list(old.outputs()):
+            old.eraseOutput(0)
+        torch._C._jit_pass_dce(old)
+    return playing
 
 
 def _agree(scoring: Scoring, playing: Callable[[Tensor], Tensor], images: Tensor) -> bool:

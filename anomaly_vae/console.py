@@ -111,7 +111,8 @@ def policy_line(detector: "Detector") -> str:
     if calibration.crossed:
         text += f", {len(calibration.scores)}-fold"
     if calibration.groups is not None:
-        text += f" in {calibration.groups} groups: {rate} among pictures of such groups; nothing is proven for new ones"
+        groups = f"{calibration.groups} groups" if calibration.groups else "groups that nobody knows"
+        text += f" in {groups}: {rate} among pictures of such groups; nothing is proven for new ones"
     elif policy.bound is not None and calibration.crossed:
         text += f": {rate} (nominal; proven to be at most {policy.bound:.1%} on average)"
     elif policy.band is not None:

@@ -3,7 +3,8 @@
 import copy
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from datetime import UTC, datetime
 from itertools import repeat
 from pathlib import Path
 from typing import Any, Self
@@ -18,11 +19,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from anomaly_vae.bundle import MANIFEST, Bundle, read_bundle, write_bundle
-from anomaly_vae.calibration import Calibration, Mode, rank_allowed
+from anomaly_vae.calibration import UNKNOWN_GROUPS, Calibration, Mode, rank_allowed
 from anomaly_vae.drift import SCORE, Reference, latent_name
 from anomaly_vae.errors import BundleError, ConfigError
 from anomaly_vae.expert import Batch
 from anomaly_vae.images import ImageSpec, decode, inside, masked
+from anomaly_vae.judgement import HEAT_FULL, Judgement, Policy, policy_of
 from anomaly_vae.member import Member
 from anomaly_vae.normals import Normals
 from anomaly_vae.packing import packed_members, unpacked_member
@@ -32,64 +34,10 @@ from anomaly_vae.spec import Spec
 
 Floats = npt.NDArray[np.float64]
 
-HEAT_FULL = 4.0
-"""Heat is in units of the normals' extreme pixels; from four of them on it is painted brightest."""
-
 _NOTHING = safetensors.numpy.save({})
 
 PROBE_TOLERANCE = 1e-3
 """How far a probe image's score may move on another device, as a share of the calibration scores' quartile range."""
-
-
-@dataclass(frozen=True)
-class Policy:
-    """When an image is an outlier, and what that promises.
-
-    `threshold`: the score above which it is one; None with K-fold calibration, where the p-value decides.
-    `expected_false_alarm_rate`, `bound` and `band` are those of `calibration.Promise`.
-    """
-
-    alpha: float
-    mode: Mode
-    threshold: float | None
-    expected_false_alarm_rate: float
-    bound: float | None
-    band: tuple[float, float] | None
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """Verdicts of a batch, as columns. Higher scores and smaller p-values are more anomalous.
-
-    `parts`: every score by name, in its own unit. `heat`: (B, H, W) or None, in a unit that 99.5% of the pixels
-    of normal images do not exceed; `heat_scale` is the heat to paint brightest. `latents`: (B, n), those that
-    `Detector.watched` names, or None.
-    """
-
-    score: list[float]
-    p_value: list[float]
-    outlier: list[bool]
-    parts: dict[str, list[float]]
-    heat: npt.NDArray[np.float32] | None
-    heat_scale: float
-    policy: Policy
-    version: str
-    latents: Floats | None = None
-
-    def __len__(self) -> int:
-        return len(self.score)
-
-    def row(self, i: int) -> dict[str, Any]:
-        """The i-th verdict as plain values, ready for JSON."""
-        return {
-            "score": self.score[i],
-            "p_value": self.p_value[i],
-            "outlier": self.outlier[i],
-            "alpha": self.policy.alpha,
-            "mode": self.policy.mode,
-            "threshold": self.policy.threshold,
-            "parts": {name: column[i] for name, column in self.parts.items()},
-        }
 
 
 class Detector:
@@ -98,7 +46,8 @@ class Detector:
     `version`: the first 12 hex digits of its content hash. `seen`: hashes (uint64) of all pictures that took part in
     training, fitting or calibration, so that an evaluation can leave them out. `known_kinds`: the kinds of anomalies
     that it was shown in training. `probes`: the images that its bundle keeps beside their scores.
-    `normals`: what explanations compare with, where the bundle has it.
+    `normals`: what explanations compare with, where the bundle has it. `calibrated_at`: when the normals that rank
+    verdicts were scored, in seconds since 1970, or None where that is not known.
     """
 
     def __init__(
@@ -122,7 +71,9 @@ class Detector:
         self.seen = seen if seen is not None else np.zeros(0, np.uint64)
         self.known_kinds = tuple(known_kinds)
         self.probes: Batch | None = None
+        self._probes_gave: Floats | None = None
         self.normals: Normals | None = None
+        self.calibrated_at: float | None = None
         self.ranked_anew = False
 
     @property
@@ -140,20 +91,32 @@ class Detector:
         policy = policy_of(self.calibration, self.policy.alpha if alpha is None else alpha, mode or self.policy.mode)
         return self._as(policy, self.version)
 
-    def recalibrated(self, scores: npt.ArrayLike) -> "Detector":
+    def recalibrated(
+        self,
+        scores: npt.ArrayLike,
+        seen: npt.ArrayLike = (),
+        independent: bool | None = None,
+        at: float | None = None,
+    ) -> "Detector":
         """The same detector ranked among the `scores` that it gave to normal pictures which no part of it has seen.
+
+        `seen`: hashes of these pictures, which from then on count among those it was made from. `independent`: no two
+        of them belong together; else no band is claimed, and mode `average` stands in for `guaranteed`. None: as it
+        was of the pictures that calibrated before.
 
         All members see such a picture alike, so that even with K-fold its score, their mean, is ranked as one. Its
         alpha is the old one where so many scores support it, else the smallest that they do; raises `CalibrationError`
-        where they support none. Its version tells the old one and the scores.
+        where they support none. Its version tells the old one and the scores. `at`: as `calibrated_at`.
         """
-        calibration = Calibration.of([scores])
-        alpha, mode = self.policy.alpha, self.policy.mode
+        independent = self.calibration.groups is None if independent is None else independent
+        calibration = Calibration.of([scores], None if independent else UNKNOWN_GROUPS)
+        alpha, mode = self.policy.alpha, self.policy.mode if independent else "average"
         policy = policy_of(calibration, alpha if rank_allowed(calibration.n, alpha, mode) else None, mode)
         content = hashlib.sha256(self.version.encode() + calibration.scores[0].astype("<f8").tobytes())
         version = content.hexdigest()[:12]
         other = self._as(policy, version)
-        other.calibration, other.ranked_anew = calibration, True
+        other.calibration, other.calibrated_at, other.ranked_anew = calibration, at, True
+        other.seen = np.union1d(self.seen, np.asarray(seen, np.uint64))
         return other
 
     def _as(self, policy: Policy, version: str) -> "Detector":
@@ -196,6 +159,16 @@ class Detector:
         if self.normals is None:
             raise BundleError("this bundle keeps nothing to explain by; train it again with this version")
         return self.normals.explanations(self.members[0], masked(images, self.image), parts)
+
+    def reconstruct(self, images: Tensor, classes: Sequence[str] | None = None) -> Tensor | None:
+        """What the first model of pixels makes of uint8 images (B, C, H, W): uint8, in the size that it sees them in.
+
+        None where all models are of features. `classes` as for `judge`.
+        """
+        with torch.inference_mode():
+            batch = Batch(masked(images, self.image), self.numbers_of(classes))
+            made = self.members[0].reconstruct(self.spec, batch)
+            return None if made is None else (made * 255).round().to(torch.uint8).cpu()
 
     @property
     def watched(self) -> tuple[int, ...]:
@@ -274,25 +247,34 @@ class Detector:
 
         `probes`: images kept beside their scores, by which `load` checks the device it loads on.
         """
-        bundle = Bundle(self._description(), self._files(probes), metrics or {})
+        told = dict(metrics or {})
+        if self.calibrated_at is not None:
+            told["calibrated_at"] = datetime.fromtimestamp(self.calibrated_at, UTC).isoformat(timespec="seconds")
+        bundle = Bundle(self._description(), self._files(probes), told)
         write_bundle(path, bundle, replace)
         version = bundle.content_hash[:12]
         return self._as(self.policy, version)
 
     @classmethod
-    def load(cls, path: Path, device: torch.device | str = "cpu") -> Self:
-        """Read a bundle and score its probes on `device`; raises `BundleError` where it is not as it was saved."""
+    def load(cls, path: Path, device: torch.device | str = "cpu", checked: bool = True) -> Self:
+        """Read a bundle and score its probes on `device`; raises `BundleError` where it is not as it was saved.
+
+        `checked` False: the probes are left to `check_probes`, so that nothing is computed here.
+        """
         bundle = read_bundle(path)
         try:
             description = Description.parse(bundle.description, str(path / MANIFEST))
             detector = cls._unpack(bundle, description, torch.device(device))
             normals = safetensors.numpy.load(bundle.files.get("normals.safetensors", _NOTHING))
             detector.normals = Normals.unpacked(normals) if normals else None
+            detector.calibrated_at = _calibrated_at(bundle, path)
             probes = safetensors.numpy.load(bundle.files.get("probes.safetensors", _NOTHING))
             if len(probes):
                 label = torch.from_numpy(probes["label"]) if "label" in probes else None
                 detector.probes = Batch(torch.from_numpy(probes["images"]), label)
-                detector._check_probes(detector.probes, probes["scores"], path)
+                detector._probes_gave = probes["scores"]
+            if checked:
+                detector.check_probes(path)
         except (ConfigError, SafetensorError, KeyError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise BundleError(f"{path} is damaged ({reason}); restore the bundle from a copy") from None
@@ -348,8 +330,11 @@ class Detector:
             judged = [self._judge(Batch(*batch), False) for batch in zip(pieces, labels, strict=False)]
         return np.array([score for one in judged for score in one.score])
 
-    def _check_probes(self, probes: Batch, scores: Floats, path: Path) -> None:
-        again = self._probe_scores(probes)
+    def check_probes(self, path: Path) -> None:
+        """Score the probes that came with the bundle `path`; raises `BundleError` where they get other scores here."""
+        if self.probes is None or self._probes_gave is None:
+            return
+        again, scores = self._probe_scores(self.probes), self._probes_gave
         low, high = np.quantile(np.concatenate(self.calibration.scores), [0.25, 0.75])
         moved = float(np.abs(again - scores).max()) / max(float(high - low), 1e-12)
         if not moved <= PROBE_TOLERANCE:
@@ -366,7 +351,7 @@ class Description(Spec):
     members: int = Field(ge=1, le=20)
     alpha: float = Field(gt=0, lt=1)
     mode: Mode
-    groups: int | None = Field(ge=1)
+    groups: int | None = Field(ge=0)
     calibration_images: int
     seen_images: int
     known_kinds: tuple[str, ...] = ()
@@ -379,8 +364,9 @@ def fingerprint_of(seen: npt.NDArray[np.uint64]) -> str:
     return hashlib.sha256(np.sort(seen).tobytes()).hexdigest()[:16]
 
 
-def policy_of(calibration: Calibration, alpha: float | None, mode: Mode) -> Policy:
-    """The policy at `alpha` (None: the smallest supported one); raises `CalibrationError` when n is too small."""
-    alpha = calibration.smallest_alpha(mode) if alpha is None else alpha
-    promise = calibration.promise(alpha, mode)
-    return Policy(alpha, mode, calibration.threshold(alpha, mode), promise.expected, promise.bound, promise.band)
+def _calibrated_at(bundle: Bundle, path: Path) -> float:
+    """Seconds since 1970. Older bundles do not tell; what they say is when they came onto this disk, at the latest."""
+    try:
+        return datetime.fromisoformat(str(bundle.metrics["calibrated_at"])).timestamp()
+    except (KeyError, ValueError):
+        return (path / MANIFEST).stat().st_mtime

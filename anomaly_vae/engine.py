@@ -1,5 +1,6 @@
 """`Engine`: a detector on a device, made fast and warm; serves scan and service alike."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -8,8 +9,9 @@ import torch
 from torch import Tensor
 
 from anomaly_vae.compiled import recorded
-from anomaly_vae.detector import Detector, Judgement
+from anomaly_vae.detector import Detector
 from anomaly_vae.errors import ConfigError
+from anomaly_vae.judgement import Judgement
 from anomaly_vae.precision import at_precision
 
 
@@ -34,15 +36,25 @@ class Engine:
         self.max_batch = max_batch
 
     def warm(self) -> None:
-        """Record the scores as native calls, and judge one blank batch of every size, so that no user waits for it."""
+        """Record the scores as native calls, and judge blank batches of every size, so that no user waits for it.
+
+        A CPU gains nothing from sizes between the smallest and the largest.
+        """
         self.detector = recorded(self.detector)
         image = self.detector.image
-        for size in self._buckets():
+        sizes = list(self._buckets())
+        for size in sizes if self.device.type != "cpu" else sorted({sizes[0], sizes[-1]}):
             blank = torch.zeros((size, image.channels, image.height, image.width), dtype=torch.uint8)
             condition = self.detector.spec.model.condition
             classes = [condition.classes[0]] * size if condition and self.detector.wants_classes else None
             for heat in (False, True):
                 self.detector.judge(blank, heat, classes)
+
+    def ranked_as(self, detector: Detector) -> "Engine":
+        """The same warm models, whose scores are ranked as another detector of the same models ranks them."""
+        other = copy.copy(self)
+        other.detector = detector.scored_by(self.detector.members, self.detector.calibration.tie)
+        return other
 
     def prepare(self, data: bytes) -> Tensor:
         """A picture's bytes as uint8 (C, H, W); raises `BadImage`."""

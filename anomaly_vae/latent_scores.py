@@ -9,7 +9,6 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 from pydantic import Field
-from sklearn.covariance import LedoitWolf
 from torch import Tensor
 
 from anomaly_vae.likelihoods import Gaussian, Laplace
@@ -33,6 +32,8 @@ class Mahalanobis(Score):
         return seen.code
 
     def fit(self, statistics: Array) -> Fitted:
+        from sklearn.covariance import LedoitWolf  # heavy, and only training needs it
+
         estimate = LedoitWolf().fit(statistics)
         # A collapsed latent has no spread at all: the floor keeps its whitening finite.
         values, vectors = np.linalg.eigh(estimate.covariance_)

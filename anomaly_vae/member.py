@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from anomaly_vae.expert import Batch as Batch
 from anomaly_vae.expert import Batches as Batches
@@ -104,6 +105,16 @@ class Member:
         columns, score = (np.concatenate(values) for values in zip(*(one[:2] for one in parts), strict=True))
         return Opinion(columns.max(0), score.max(0), tiling.stitch(torch.cat(heats)) if heats else None)
 
+    def reconstruct(self, spec: DetectorSpec, batch: Batch) -> Tensor | None:
+        """What the first model of pixels makes of whole pictures, in [0, 1], (B, C, H, W) as it sees them; None where
+        all model features."""
+        model = next((model for model in self.models() if model.backbone is None), None)
+        if model is None:
+            return None
+        if spec.tiling is None:
+            return batch.seen_by(model).reconstruction.clamp(0, 1)
+        return torch.stack([_rebuilt(model, spec.tiling, image) for image in batch.images])
+
     def _judge(self, spec: DetectorSpec, batch: Batch, heat: bool, latents: Sequence[int] = ()) -> Opinion:
         """As `judge`, of what the models see."""
         mapped, (known, code) = self._finest() if heat else set(), self._known(batch, heat)
@@ -174,6 +185,13 @@ def _as_seen(spec: DetectorSpec, batches: Batches) -> Batches:
                 yield Batch(tiles, None, part)
 
     return seen
+
+
+def _rebuilt(model: AutoEncoder, tiling: Tiling, image: Tensor) -> Tensor:
+    """A picture (C, H, W) put together from what a model makes of its tiles."""
+    seen = [Batch(tiles).seen_by(model).reconstruction for tiles in torch.split(tiling.cut(image), _TILES_AT_ONCE)]
+    tiles = F.interpolate(torch.cat(seen), size=(tiling.side, tiling.side), mode="bilinear", align_corners=False)
+    return torch.stack([tiling.stitch(channel) for channel in tiles.clamp(0, 1).unbind(1)])
 
 
 def _averaged(seen: Sequence[Seeing]) -> Seeing:

@@ -60,6 +60,21 @@ def regions_json(heat: NDArray[np.float32], spec: ImageSpec, data: bytes) -> lis
     ]
 
 
+def seen_at(positions: NDArray[np.float64], axis: int, spec: ImageSpec, size: tuple[int, int]) -> NDArray[np.float64]:
+    """Where the network sees what lies at some `positions` (pixels) along an axis (0: down, 1: across) of a picture of
+    `size` (height, width): in its own pixels, beyond them for what it does not see."""
+    target = (spec.height, spec.width)
+    side, to = size[axis], target[axis]
+    ratios = [given / wanted for given, wanted in zip(size, target, strict=True)]
+    if spec.fit == "stretch":
+        return positions * (to / side)
+    if spec.fit == "crop":
+        scale = min(ratios)
+        return (positions - (side - to * scale) / 2) / scale
+    part = min(to, max(1, round(side / max(ratios))))
+    return (to - part) // 2 + positions * (part / side)
+
+
 def _placed(column: float, row: float, spec: ImageSpec, size: tuple[int, int]) -> tuple[float, float]:
     """Where a corner of the network's pixels lies in the picture, which `images.decode` placed as `spec.fit` says."""
     (x, y), target = (column, row), (spec.width, spec.height)

@@ -38,7 +38,7 @@ def heatmap(
     A heat that is not a number shows as the hottest, never as normal.
     """
     level = _level(heat, scale)
-    colours = _TABLE[np.rint(level * 255).astype(np.intp)]
+    colours = coloured(level)
     if overlay and image is not None:
         if image.ndim != 3 or image.shape[0] not in (1, 3) or image.shape[1:] != heat.shape:
             raise ValueError(f"the image is {image.shape}, but a heat map of {heat.shape} lies over (1 or 3, H, W)")
@@ -59,7 +59,7 @@ def heatmap_png(
 ) -> bytes:
     """`heatmap` as a PNG, enlarged by a whole factor until its shorter side has `min_side` pixels (longest: 2048)."""
     picture = heatmap(heat, scale, image, overlay=overlay)
-    return encode_png(_enlarged(picture, _factor(picture.shape[1:], min_side)))
+    return encode_png(_enlarged(picture, enlargement(picture.shape[1:], min_side)))
 
 
 def side_by_side_png(images: Sequence[NDArray[np.uint8]], *, gap: int = 4, min_side: int = 256) -> bytes:
@@ -68,11 +68,21 @@ def side_by_side_png(images: Sequence[NDArray[np.uint8]], *, gap: int = 4, min_s
         raise ValueError("there is nothing to put side by side")
     if len({image.shape[1] for image in images}) > 1:
         raise ValueError(f"pictures side by side need one height, not {[image.shape[1] for image in images]}")
-    factor = _factor((images[0].shape[1], max(image.shape[2] for image in images)), min_side)
+    factor = enlargement((images[0].shape[1], max(image.shape[2] for image in images)), min_side)
     panels = [_enlarged(np.broadcast_to(image, (3, *image.shape[1:])), factor) for image in images]
     between = np.full((3, panels[0].shape[1], gap), 255, dtype=np.uint8)
     row = [part for panel in panels for part in (between, panel)]
     return encode_png(np.concatenate(row[1:], axis=2))
+
+
+def coloured(level: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Levels (...) from 0, the darkest, to 1 as colours (..., 3) from 0 to 255."""
+    return _TABLE[np.rint(level * 255).astype(np.intp)]
+
+
+def enlargement(size: tuple[int, ...], min_side: int) -> int:
+    """The whole factor that brings the shorter side to `min_side` pixels, and the longer one to no more than 2048."""
+    return max(1, min(-(-min_side // min(size)), _LONGEST // max(size)))
 
 
 def _level(heat: NDArray[np.float32], scale: float) -> NDArray[np.float32]:
@@ -82,10 +92,6 @@ def _level(heat: NDArray[np.float32], scale: float) -> NDArray[np.float32]:
         raise ValueError(f"the scale of a heat map is a positive number, not {scale}")
     ratio: NDArray[np.float32] = heat.astype(np.float32) / np.float32(scale)
     return np.nan_to_num(ratio, nan=1.0, posinf=1.0, neginf=0.0).clip(0.0, 1.0)
-
-
-def _factor(size: tuple[int, ...], min_side: int) -> int:
-    return max(1, min(-(-min_side // min(size)), _LONGEST // max(size)))
 
 
 def _enlarged(image: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:

@@ -61,7 +61,7 @@ def main() -> int:
         if options.faces is not None:
             found["faces"] = smiles(options)
         if options.mnist is not None:
-            found["digits"] = [digits(options, latents) for latents in (2, 28)]
+            found["digits"] = handwriting(options)
     except AnomalyVaeError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -305,21 +305,19 @@ def map_panels(codes: Tensor, groups: dict[str, Indices]) -> list[Panel]:
     return panels
 
 
-def digits(options: argparse.Namespace, latents: int) -> dict[str, Any]:
-    """A VAE of handwriting with so many latents: rebuilt, drawn from the prior, and where its classes lie."""
-    every = json.dumps([str(i) for i in range(10)])
-    spec = read_preset(
-        "lecture-mlp",
-        [
-            f"model.latent.size={latents}",
-            f"training.steps={options.steps}",
-            "training.select=last",
-            f"data.normal={every}",
-            "data.part=train",
-        ],
-    )
-    assert spec.image is not None
-    pictures = open_pictures(f"mnist:{options.mnist}", spec.data, spec.image)
+def handwriting(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """VAEs of handwriting with 2 and with 28 latents, of the same pictures."""
+    given = [f"training.steps={options.steps}", "training.select=last", "data.part=train"]
+    given.append(f"data.normal={json.dumps([str(i) for i in range(10)])}")
+    specs = [read_preset("lecture-mlp", [*given, f"model.latent.size={latents}"]) for latents in (2, 28)]
+    assert specs[0].image is not None
+    pictures = open_pictures(f"mnist:{options.mnist}", specs[0].data, specs[0].image)
+    return [digits(options, spec, pictures) for spec in specs]
+
+
+def digits(options: argparse.Namespace, spec: DetectorSpec, pictures: Pictures) -> dict[str, Any]:
+    """One of them: rebuilt, drawn from the prior, and where its classes lie."""
+    latents = spec.model.latent.size
     order = np.random.default_rng(options.seed).permutation(len(pictures))
     train, held = order[: -options.held], order[-options.held :]
     model, told = learn(spec, pictures, train, held[: options.held // 2], options.seed)

@@ -12,8 +12,12 @@ from flask import Flask, Response, g, request
 from service.allowance import Allowance
 from service.errors import Problem
 from service.keys import Key, Keyring, Role
+from service.sessions import Sessions, cookie_name
 
 _View = TypeVar("_View", bound=Callable[..., object])
+_HARMLESS = ("GET", "HEAD", "OPTIONS")
+PAGE_HEADER, PAGE_VALUE = "X-Asked-By", "page"
+"""What the service's own page sends along with every request."""
 
 
 def needs(role: Role | None) -> Callable[[_View], _View]:
@@ -26,11 +30,18 @@ def needs(role: Role | None) -> Callable[[_View], _View]:
     return mark
 
 
-def guard(app: Flask, keyring: Keyring | None, most_bytes: int, allowance: Allowance) -> None:
+def guard(
+    app: Flask,
+    keyring: Keyring | None,
+    most_bytes: int,
+    allowance: Allowance,
+    sessions: Sessions | None = None,
+) -> None:
     """Let each request pass only with a key for it, and as often as that may; `g.key` is that key.
 
-    Without a keyring everybody may do all. A body of unknown length counts as `most_bytes`, until `count_body` knows
-    better. What was counted is given back once there is an answer, or as `count_until_closed` says.
+    Who is signed in sends a cookie instead, which stands for a key. Without a keyring everybody may do all. A body of
+    unknown length counts as `most_bytes`, until `count_body` knows better. What was counted is given back once there is
+    an answer, or as `count_until_closed` says.
     """
 
     @app.before_request
@@ -40,7 +51,7 @@ def guard(app: Flask, keyring: Keyring | None, most_bytes: int, allowance: Allow
             return
         role: Role | None = getattr(app.view_functions[request.endpoint], "role", Role.ADMIN)
         if role is not None:
-            key, size = _admitted(keyring, role), _announced(most_bytes)
+            key, size = _admitted(keyring, role, sessions), _announced(most_bytes)
             allowance.take(key, size)
             g.key, g.taken, g.allowance = key, size, allowance
 
@@ -60,7 +71,7 @@ def guard_pages(app: Flask, local: bool) -> None:
     def check_origin() -> None:
         origin, site = request.headers.get("Origin"), request.headers.get("Sec-Fetch-Site")
         foreign = origin is not None and urlsplit(origin).netloc != request.host
-        if foreign or site in ("cross-site", "same-site"):
+        if foreign or (site in ("cross-site", "same-site") and not _follows_a_link_home()):
             message = "a page of another site asked this; without keys only the service's own pages may"
             raise Problem(HTTPStatus.FORBIDDEN, "cross_site", message)
         if local and not is_own(request.host):
@@ -68,9 +79,15 @@ def guard_pages(app: Flask, local: bool) -> None:
             raise Problem(HTTPStatus.FORBIDDEN, "unknown_host", message)
 
 
+def _follows_a_link_home() -> bool:
+    """Whether a person followed a link of another site to the page itself, which does nothing by being opened."""
+    fetch = [request.headers.get(f"Sec-Fetch-{what}") for what in ("Mode", "Dest")]
+    return request.method == "GET" and request.path == "/" and fetch == ["navigate", "document"]
+
+
 @lru_cache(64)
 def is_own(host: str) -> bool:
-    """Whether a request's host, with or without port, is a name of this machine that no other has."""
+    """Whether a host, as a request names it with or without a port, is a name of this machine that no other has."""
     name = urlsplit(f"//{host}").hostname or ""
     if name.removesuffix(".") == "localhost":
         return True
@@ -94,11 +111,22 @@ def count_until_closed(answer: Response) -> None:
         g.taken = None
 
 
-def _admitted(keyring: Keyring, role: Role) -> Key:
+def from_own_page() -> None:
+    """Refuse a change that anything but the page itself had a browser ask; raises `Problem`.
+
+    A form of another page cannot send the header, and a script of one may not. A cookie alone is no sign of who asks:
+    browsers send even a strict one along from other ports of the same machine.
+    """
+    elsewhere = request.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site")
+    if elsewhere or request.headers.get(PAGE_HEADER) != PAGE_VALUE:
+        message = f"whoever is signed in changes things from the page alone, which sends {PAGE_HEADER}: {PAGE_VALUE}"
+        raise Problem(HTTPStatus.FORBIDDEN, "cross_site", message)
+
+
+def _admitted(keyring: Keyring, role: Role, sessions: Sessions | None) -> Key:
     presented = presented_in(request.headers.get("Authorization", ""), request.headers.get("X-API-Key"))
     if presented is None:
-        message = "this service wants a key; send the header Authorization: Bearer KEY"
-        raise Problem(HTTPStatus.UNAUTHORIZED, "no_key", message)
+        return _allowed(_signed_in(sessions), role)
     return admitted(keyring, presented, role)
 
 
@@ -108,11 +136,28 @@ def admitted(keyring: Keyring, presented: str, role: Role) -> Key:
     if key is None:
         message = "this key is unknown or no longer valid; ask whoever runs the service for a new one"
         raise Problem(HTTPStatus.UNAUTHORIZED, "bad_key", message)
+    return _allowed(key, role)
+
+
+def _allowed(key: Key, role: Role) -> Key:
     if key.role < role:
         has, wanted = key.role.name.lower(), role.name.lower()
         message = f"the key {key.name} has the role {has}, and this needs {wanted}; ask for another key"
         raise Problem(HTTPStatus.FORBIDDEN, "forbidden", message)
     return key
+
+
+def _signed_in(sessions: Sessions | None) -> Key:
+    cookie = request.cookies.get(cookie_name(request.host)) if sessions else None
+    if sessions is None or cookie is None:
+        message = "this service wants a key; send the header Authorization: Bearer KEY"
+        raise Problem(HTTPStatus.UNAUTHORIZED, "no_key", message)
+    session = sessions.find(cookie)
+    if session is None:
+        raise Problem(HTTPStatus.UNAUTHORIZED, "session_over", "this session is over; sign in again")
+    if request.method not in _HARMLESS:
+        from_own_page()
+    return session.key
 
 
 def _announced(most: int) -> int:

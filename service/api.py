@@ -4,7 +4,7 @@ import base64
 import time
 from collections.abc import Sequence
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flask import Response, g, request
 from sqlalchemy import RowMapping
@@ -15,6 +15,7 @@ from service.archives import BLOCK, archive_kind
 from service.asked import ScoreWanted
 from service.bodies import answer, query_of
 from service.codes import FOR_PICTURES
+from service.drawing import Style
 from service.edge import failure
 from service.errors import Problem
 from service.keys import Role
@@ -22,9 +23,13 @@ from service.metrics import Metrics
 from service.options import Options
 from service.routes import Route
 from service.scoring import Asked, Scorer, Verdict
+from service.served import Served
 from service.settings import ServiceSettings
 from service.streaming import Archives
 from service.uploads import Upload, peek, read_body, uploads
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_DEADLINE_MS = 600_000
 TAKES = ("image/*", "multipart/form-data", "application/zip", "application/x-tar", "application/gzip")
@@ -33,7 +38,7 @@ USAGE = """anomaly-vae: is this picture like the normal ones? Model {name}, vers
   curl --data-binary @picture.jpg {url}v1/score               one picture
   curl -F file=@a.jpg -F file=@b.jpg {url}v1/score            several
   curl --data-binary @many.zip {url}v1/score                  a zip, tar or tar.gz; answers line by line
-  curl --data-binary @picture.jpg '{url}v1/score?heatmap=png' with a heat map (base64 PNG), boxes around what is hot
+  curl --data-binary @picture.jpg '{url}v1/score?heatmap=overlay'  with what is odd painted over (base64 PNG)
   curl --data-binary @picture.jpg '{url}v1/score?alpha=0.01'  judged at another rate of false alarms, this once
 
 A result has `outlier` (the verdict), `p_value` (share of normal pictures at least as unusual) and `score` (higher is
@@ -42,29 +47,29 @@ more unusual). Header X-Deadline-Ms bounds the wait. Also here: /docs /openapi.j
 
 
 class ScorePages:
-    """`POST /v1/score`, and a page of plain text for people."""
+    """`POST /v1/score`, and what the pages on kept verdicts ask of the models."""
 
     def __init__(self, scorer: Scorer, settings: ServiceSettings, metrics: Metrics) -> None:
         self._scorer, self._settings, self._metrics = scorer, settings, metrics
         self._archives = Archives(scorer, settings, metrics)
 
     def routes(self) -> list[Route]:
-        """Both of them."""
+        """That one."""
         lines = ("application/x-ndjson",)
         return [
-            Route("GET", "/", None, self.usage, "What there is, for people", ("text/plain",)),
             Route("POST", "/v1/score", Role.SCORE, self.score, "Score pictures", Scores, ScoreWanted, more=lines,
                   takes=TAKES, codes=FOR_PICTURES),
         ]  # fmt: skip
 
     def usage(self) -> Response:
+        """A page of plain text for people."""
         return Response(USAGE.format(url=request.url_root, **self._scorer.models.pick().shown), mimetype="text/plain")
 
     def score(self) -> Response:
         settings = self._settings
         wanted = query_of(ScoreWanted)
         served = self._scorer.models.pick(wanted.model)
-        options = Options.of(wanted, served)
+        options = Options.of(wanted, served, named=g.key is None or g.key.role >= Role.READ)
         archive = archive_kind(peek(request.environ, BLOCK, settings.most_bytes()), request.mimetype)
         longest = settings.archive_deadline_ms if archive else settings.deadline_ms
         deadline = g.started + deadline_ms(request.headers.get("X-Deadline-Ms"), longest) / 1000
@@ -77,12 +82,21 @@ class ScorePages:
         self._metrics.stage("read", time.monotonic() - started)
         return _scored(served.shown, files, self._scorer.score(files, asked))
 
-    def heatmap(self, row: RowMapping, png: bytes) -> bytes:
+    def heatmap(self, row: RowMapping, png: bytes, style: Style) -> bytes:
         """That of a kept verdict, by the version that made it, whatever normals rank it now; raises `Problem`."""
+        served, seen = self._seen(row, png)
+        return self._scorer.heatmap(served, seen, png, style, g.started + self._settings.deadline_ms / 1000)
+
+    def regions(self, row: RowMapping, png: bytes) -> dict[str, Any]:
+        """What is hot in its kept picture, as `heatmap`."""
+        served, seen = self._seen(row, png)
+        found = self._scorer.regions(served, seen, png, g.started + self._settings.deadline_ms / 1000)
+        return {"width": seen.shape[2], "height": seen.shape[1], "regions": found}
+
+    def _seen(self, row: RowMapping, png: bytes) -> tuple[Served, "Tensor"]:
         served = self._scorer.models.that_scored(row["model"], row["version"])
         image = served.detector.image
-        seen = decode(png, ImageSpec(height=image.height, width=image.width, channels=image.channels))
-        return self._scorer.heatmap(served, seen, g.started + self._settings.deadline_ms / 1000)
+        return served, decode(png, ImageSpec(height=image.height, width=image.width, channels=image.channels))
 
 
 def _scored(model: dict[str, str], files: Sequence[Upload], outcomes: Sequence[Verdict | Problem]) -> Response:
@@ -103,8 +117,8 @@ def result(name: str | None, outcome: Verdict | Problem) -> dict[str, Any]:
     if isinstance(outcome, Problem):
         return {**found, "error": outcome.body()}
     found = {"id": outcome.id, **found, **outcome.row}
-    if outcome.heatmap is not None:
-        found["heatmap_png"] = base64.b64encode(outcome.heatmap).decode("ascii")
+    for picture, png in outcome.pictures.items():
+        found[picture] = None if png is None else base64.b64encode(png).decode("ascii")
     return found
 
 

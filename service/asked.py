@@ -2,9 +2,9 @@
 
 import re
 from datetime import UTC, datetime
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, Self, get_args
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from anomaly_vae import Spec
 from anomaly_vae.answers import Label
@@ -69,22 +69,59 @@ Moment = Annotated[
         }
     ),
 ]
+
+
+def _a_moment_in_json(value: object) -> object:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError("a moment is a text like 2026-01-31T12:00:00Z, or a number of seconds since 1970")
+    if isinstance(value, str) and "-" not in value:
+        raise ValueError("as a text a moment is written like 2026-01-31 or 2026-01-31T12:00:00Z")
+    if not isinstance(value, str) and not 0 <= value <= 9_999_999_999:
+        raise ValueError("seconds since 1970 are from 0 to 9999999999")
+    return _a_moment(value)
+
+
+JsonMoment = Annotated[
+    datetime,
+    Field(strict=False),
+    BeforeValidator(_a_moment_in_json),
+    AfterValidator(_in_utc),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "format": "date-time"},
+                {"type": "string", "format": "date"},
+                {"type": "number", "minimum": 0, "maximum": 9_999_999_999},
+            ],
+            "description": "ISO 8601, in UTC unless it says otherwise, or seconds since 1970",
+        }
+    ),
+]
 VerdictId = Annotated[str, AfterValidator(_a_verdict), WithJsonSchema({"type": "string", "pattern": _VERDICT})]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Share = Annotated[float, Field(ge=1e-9, lt=1)]
 Whole = Annotated[int, BeforeValidator(_a_whole)]
+Number = Annotated[int, BeforeValidator(_a_whole), Field(ge=0, le=10**15)]
 Flag = Annotated[bool, BeforeValidator(_a_flag)]
 
 
 class ScoreWanted(Spec):
-    """`heatmap`: boxes around what is hot, or those and a PNG. `alpha`: judge this reply at another rate of false
-    alarms. `parts`: every score beside the fused one. `explain`: why."""
+    """`heatmap`: boxes around what is hot, or those and a PNG: the map over a grey picture (`png`), or the picture
+    itself under what is hot in it (`overlay`). `alpha`: judge this reply at another rate of false alarms. `parts`:
+    every score beside the fused one. `explain`: why. `reconstruction`: what the model made of the picture."""
 
     model: Name | None = None
-    heatmap: Literal["none", "regions", "png"] = "none"
+    heatmap: Literal["none", "regions", "png", "overlay"] = "none"
     alpha: Share | None = None
     parts: Flag = True
     explain: Flag = False
+    reconstruction: Flag = False
+
+
+class HeatmapWanted(Spec):
+    """`style`: the map over a grey picture (`png`), or the picture itself under what is hot in it (`overlay`)."""
+
+    style: Literal["png", "overlay"] = "png"
 
 
 class PolicyWanted(Body):
@@ -122,14 +159,26 @@ class ActivateWanted(Body):
     version: str = Field(min_length=1, max_length=16)
 
 
+class RetireWanted(Body):
+    """A version that is not active; without one the whole model, unless it is the default one."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"version": "858e1c0ce8f6"}]})
+
+    version: str | None = Field(None, min_length=1, max_length=16)
+
+
 class RecalibrateWanted(Body):
-    """`minimum`: so many reviewed normals it takes. `preview`: only tell. `undo`: back to the bundle's own."""
+    """`minimum`: so many reviewed normals it takes. `preview`: only tell. `undo`: back to the bundle's own.
+
+    `independent`: that no two of the reviewed pictures belong together (one of each part, say), which feedback does not
+    tell; only then a band is claimed, and the mode `guaranteed` can be kept."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"preview": True}]})
 
     minimum: Whole = Field(100, ge=20, le=1_000_000)
     preview: bool = False
     undo: bool = False
+    independent: bool = False
 
 
 class FeedbackWanted(Body):
@@ -177,6 +226,20 @@ class RatesWanted(Spec):
     source: Name | None = None
 
 
+class ScoreCountsWanted(Spec):
+    """How many of the last verdicts to count."""
+
+    last: int = Field(1000, ge=1, le=10_000)
+
+
+class SignInWanted(Body):
+    """A key to stay signed in with."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"key": "av_0123abcd_SECRET"}]})
+
+    key: str = Field(min_length=1, max_length=200)
+
+
 class ReviewWanted(Spec):
     """How many pictures to look at."""
 
@@ -189,3 +252,47 @@ class AuditWanted(Spec):
 
     cursor: int | None = Field(None, ge=1, le=2**63 - 1)
     limit: int = Field(100, ge=1, le=1000)
+
+
+class ScanWanted(Body):
+    """A scan that came to its end. `source`: the key's, or the service's own, unless told. `expected_rate`: of
+    outliers, were all pictures normal."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "name": "monday, line 3", "model": "parts", "version": "858e1c0ce8f6", "source": "line-3",
+                    "started": "2026-01-31T06:00:00Z", "finished": "2026-01-31T06:12:30Z", "scored": 4000, "failed": 2,
+                    "outliers": 51, "expected_rate": 0.01, "alpha": 0.01,
+                }
+            ]
+        }
+    )  # fmt: skip
+
+    name: str = Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")
+    model: Name
+    version: str = Field(pattern=r"^[A-Za-z0-9._-]{1,16}$")
+    source: Name | None = None
+    started: JsonMoment
+    finished: JsonMoment
+    scored: Number
+    failed: Number
+    outliers: Number
+    expected_rate: Annotated[float, Field(ge=0, le=1)]
+    alpha: Annotated[float, Field(ge=0, le=1)]
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.finished < self.started:
+            raise ValueError("the scan finished before it started; exchange the two")
+        if self.outliers > self.scored:
+            raise ValueError(f"{self.outliers} outliers of {self.scored} pictures that were scored; mend the counts")
+        return self
+
+
+class ScansWanted(Spec):
+    """`cursor` is `next` of the page before."""
+
+    cursor: VerdictId | None = None
+    limit: int = Field(50, ge=1, le=1000)

@@ -27,8 +27,16 @@ def changes(database: Database, before: int | None = None, limit: int = 100) -> 
         return list(connection.execute(query).mappings())
 
 
+def since(database: Database, action: str, number: int) -> list[RowMapping]:
+    """The changes of one kind after that number, the oldest first."""
+    query = select(AUDIT).where(AUDIT.c.number > number, AUDIT.c.action == action).order_by(AUDIT.c.number)
+    with database.reading() as connection:
+        return list(connection.execute(query).mappings())
+
+
 def latest(database: Database, actions: tuple[str, ...]) -> int:
     """The number of the last change of these kinds; it grows with each."""
-    query = select(func.max(AUDIT.c.number)).where(AUDIT.c.action.in_(actions))
+    # One at a time, since that is a look at the end of an index each.
+    last = [select(func.max(AUDIT.c.number)).where(AUDIT.c.action == action).scalar_subquery() for action in actions]
     with database.reading() as connection:
-        return connection.scalar(query) or 0
+        return max(number or 0 for number in connection.execute(select(*last)).one())

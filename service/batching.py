@@ -32,8 +32,8 @@ class Batcher:
     `start` runs on the first of them and returns the first model (see `Target`); `until_started` waits for it. A batch
     is for one model: that of the picture that came first. `extra_delay` (seconds) waits for a fuller batch, counted
     from the oldest picture. A bulk picture counts as having come `bulk_patience` seconds later than it did: it yields,
-    but never starves. `threads`, asked once `start` is done, says how many batches are judged at once; before each,
-    `launching` hears on its thread whether there is nothing but one picture to judge.
+    but never starves. `threads`, asked once `start` is done, says how many batches are judged at once; each of these
+    threads calls `began` before its first.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Batcher:
         extra_delay: float = 0.0,
         bulk_patience: float = 0.5,
         threads: Callable[[], int] = lambda: 1,
-        launching: Callable[[bool], None] = lambda _: None,
+        began: Callable[[], None] = lambda: None,
         on_batch: Callable[[int], None] = lambda _: None,
         on_lost: Callable[[Exception], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
@@ -56,7 +56,7 @@ class Batcher:
         self._queue_size = queue_size
         self._extra_delay = extra_delay
         self._bulk_patience = bulk_patience
-        self._launching = launching
+        self._began = began
         self._on_batch = on_batch
         self._on_lost = on_lost
         self._changed = threading.Condition()
@@ -201,13 +201,14 @@ class Batcher:
 
     def _work(self, number: int) -> None:
         try:
+            self._began()
             while batch := self._next_batch(number):
-                self._launching(len(batch) == 1 and len(self._running) == 1 and not self._places_taken)
                 self._judge_batch(batch)
                 with self._changed:
                     del self._running[number]
                     if self._draining:
                         self._changed.notify_all()
+                del batch  # or it would keep its model in memory until the next one comes
         except Exception as error:  # whatever it is, nobody may be left waiting for these threads
             self._lose(error)
 

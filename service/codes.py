@@ -31,6 +31,7 @@ CODES: dict[str, Code] = {
     # Keys
     "no_key": Code(HTTPStatus.UNAUTHORIZED, "Send the header Authorization: Bearer KEY."),
     "bad_key": Code(HTTPStatus.UNAUTHORIZED, "Ask whoever runs the service for a new key."),
+    "session_over": Code(HTTPStatus.UNAUTHORIZED, "Sign in again on the page, or send a key."),
     "cross_site": Code(HTTPStatus.FORBIDDEN, "Make keys, and send one; or ask from the service's own pages."),
     "unknown_host": Code(HTTPStatus.FORBIDDEN, "Call the service localhost, or start it with keys or allow_remote."),
     "forbidden": Code(HTTPStatus.FORBIDDEN, "Use a key with the role that the message names."),
@@ -61,6 +62,7 @@ CODES: dict[str, Code] = {
     "too_many_entries": Code(_LARGE, "Split the archive."),
     "expands_too_much": Code(_LARGE, "Split the archive, or send its pictures as they are."),
     "too_many_archives": Code(_MANY, "Wait for Retry-After."),
+    "too_many_exports": Code(_MANY, "Wait for Retry-After; others are being read."),
     "no_room": Code(HTTPStatus.INSUFFICIENT_STORAGE, "Try again later, or split the archive."),
     # Load and time
     "queue_full": Code(_MANY, "Wait for Retry-After."),
@@ -75,6 +77,11 @@ CODES: dict[str, Code] = {
     "no_models_folder": Code(_CONFLICT, "Start the service with -o models=FOLDER."),
     "no_store": Code(_CONFLICT, "Start the service with -o store=PATH."),
     "not_loaded": Code(_CONFLICT, "Load its bundle first."),
+    "no_memory": Code(HTTPStatus.INSUFFICIENT_STORAGE, "Retire a version that is not needed, or use a larger machine."),
+    "load_timeout": Code(_LATE, "Repeat the request later: what is loaded by then is not loaded again."),
+    "loading": Code(_BUSY, "Wait until the bundle before is loaded, which the message names."),
+    "in_use": Code(_CONFLICT, "Activate another version, or name another model, first."),
+    "not_independent": Code(_CONFLICT, "Say independent, if that is so, or set the mode average first."),
     "nothing_before": Code(_CONFLICT, "There is nothing to go back to."),
     "policy_not_supported": Code(_CONFLICT, "Change the policy first, or use a bundle with more normals."),
     "conflict": Code(_CONFLICT, "Somebody else was quicker: look again and repeat the request."),
@@ -86,6 +93,9 @@ CODES: dict[str, Code] = {
     "no_picture": Code(_NOT_FOUND, "Have more pictures kept: settings images, picture_days, review_share."),
     "unknown_alarm": Code(_NOT_FOUND, "Use an id of GET /v1/alarms."),
     "not_raised": Code(_CONFLICT, "There is nothing to do."),
+    "unknown_scan": Code(_NOT_FOUND, "Use an id of GET /v1/scans."),
+    "no_report": Code(_NOT_FOUND, "Send one: PUT /v1/scans/ID/report."),
+    "not_yours": Code(HTTPStatus.FORBIDDEN, "Use the key that told of the scan, or one with the role admin."),
     "version_gone": Code(HTTPStatus.GONE, "Load the bundle that made the verdict."),
     "store_down": Code(_BUSY, "Wait until /ready says that the store is back."),
     # The service
@@ -102,6 +112,6 @@ FOR_PICTURES = (
     "too_many_entries", "expands_too_much", "too_many_archives", "no_room", "bad_deadline", "alpha_not_supported",
     "unknown_model", "bad_content_length", "incomplete_body",
 )  # fmt: skip
-FOR_KEYS = ("no_key", "bad_key", "forbidden", "rate_limited", "too_many_bytes")
+FOR_KEYS = ("no_key", "bad_key", "session_over", "forbidden", "cross_site", "rate_limited", "too_many_bytes")
 FOR_QUERIES = ("bad_parameter", "unknown_parameter")
 FOR_BODIES = ("bad_json", "bad_parameter", "too_large", "bad_content_length", "incomplete_body")

@@ -3,24 +3,26 @@
 Each is a numbered revision that is never changed, so that going back is one more decision.
 """
 
+import json
 import time
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import Connection, RowMapping, Table, func, insert, select
+from sqlalchemy import Connection, RowMapping, Table, false, func, insert, select
 
 from anomaly_vae import ConfigError
 from service.alarms import begin_anew
-from service.auditing import note
+from service.auditing import note, since
 from service.database import Database
 from service.schema import ACTIVATIONS, CALIBRATIONS, POLICIES
 
-ACTIONS = ("policy", "activate", "recalibrate")
+ACTIONS = ("policy", "activate", "recalibrate", "retire")
 """As the log of changes calls them."""
 
 Floats = npt.NDArray[np.float64]
+Hashes = npt.NDArray[np.uint64]
 _D = TypeVar("_D")
 
 
@@ -39,22 +41,37 @@ class PolicyChoice:
 
 @dataclass(frozen=True)
 class Activation:
-    """The bundle (a folder's name) that a model is, and that bundle's version."""
+    """The bundle (a folder's name) that a model is, and that bundle's version; neither where it is none any more."""
 
     bundle: str
     version: str
 
+    @property
+    def retired(self) -> bool:
+        """Whether the model is served no more."""
+        return not self.version
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Scores of normal pictures, hashes (uint64) of their files as far as they are known, and whether somebody said
+    that no two of the pictures belong together."""
+
+    scores: Floats
+    seen: Hashes
+    independent: bool = False
+
 
 @dataclass(frozen=True)
 class Recalibration:
-    """Scores that calibrate the bundle of version `base` instead of its own; `version`: of the two together.
+    """A sample that calibrates the bundle of version `base` instead of its own; `version`: of the two together.
 
-    `scores` None: the bundle's own calibration again.
+    `sample` None: the bundle's own calibration again.
     """
 
     base: str
     version: str
-    scores: Floats | None
+    sample: Sample | None
 
 
 @dataclass(frozen=True)
@@ -85,11 +102,17 @@ class Decisions:
         return [_decided(row, Activation(row["bundle"], row["version"])) for row in self._rows(ACTIVATIONS, model)]
 
     def calibrations(self, model: str, base: str) -> list[Decided[Recalibration]]:
-        """Those of the bundle of version `base`, the newest first."""
+        """Those of the bundle of version `base`, the newest first; it alone comes with its scores."""
+        c = CALIBRATIONS.c
+        query = select(c.revision, c.by, c.at, c.version).where(c.model == model, c.base == base)
+        with self._database.reading() as connection:
+            book = connection.execute(query.order_by(c.revision.desc())).mappings().all()
+            ours = (c.model == model, c.revision == book[0]["revision"]) if book else (false(),)
+            newest = connection.execute(select(c.scores, c.seen, c.independent).where(*ours)).mappings().first()
+        sample = _sample(newest) if newest else None
         return [
-            _decided(row, Recalibration(base, row["version"], _floats(row["scores"])))
-            for row in self._rows(CALIBRATIONS, model)
-            if row["base"] == base
+            _decided(row, Recalibration(base, row["version"], sample if place == 0 else None))
+            for place, row in enumerate(book)
         ]
 
     def models(self) -> list[str]:
@@ -107,10 +130,27 @@ class Decisions:
         row = {"bundle": choice.bundle, "version": choice.version}
         return self._decide(ACTIVATIONS, model, row, by, "activate", before, after)
 
+    def retire(self, model: str, version: str | None, by: str, loaded: list[str]) -> int:
+        """A version that is not active or (None) a model is gone; `loaded`: the versions that there were."""
+        if version is None and self.activations(model):
+            return self._decide(ACTIVATIONS, model, {"bundle": "", "version": ""}, by, "retire", loaded, None)
+        with self._database.writing() as connection:
+            note(connection, by, "retire", model, loaded, [one for one in loaded if version not in (None, one)])
+        return 0
+
+    def retirements(self, number: int) -> list[tuple[str, list[str], float]]:
+        """Of idle versions, noted after that number of the log: of which model, which versions, and when."""
+        rows = since(self._database, "retire", number)
+        told = ((row, json.loads(row["before"]), json.loads(row["after"]) or []) for row in rows)
+        return [(row["subject"], [one for one in before if one not in after], row["at"]) for row, before, after in told]
+
     def recalibrate(self, model: str, choice: Recalibration, by: str, before: Any, after: Any) -> int:
         """As `set_policy`."""
-        scores = None if choice.scores is None else np.asarray(choice.scores, "<f8").tobytes()
-        row = {"base": choice.base, "version": choice.version, "scores": scores}
+        row: dict[str, Any] = {"base": choice.base, "version": choice.version}
+        if choice.sample is not None:
+            sample = choice.sample
+            row |= {"scores": sample.scores.astype("<f8").tobytes(), "seen": sample.seen.astype("<u8").tobytes()}
+            row["independent"] = sample.independent
         return self._decide(CALIBRATIONS, model, row, by, "recalibrate", before, after)
 
     def _rows(self, table: Table, model: str) -> list[RowMapping]:
@@ -139,9 +179,11 @@ def _decided(row: RowMapping, choice: _D) -> Decided[_D]:
     return Decided(row["revision"], row["by"], row["at"], choice)
 
 
-def _floats(data: bytes | None) -> Floats | None:
-    if data is None:
+def _sample(row: RowMapping) -> Sample | None:
+    scores, seen = row["scores"], row["seen"] or b""
+    if scores is None:
         return None
-    if len(data) % 8:
+    if len(scores) % 8 or len(seen) % 8:
         raise ConfigError("the store's calibration is damaged; restore the store from a backup")
-    return np.frombuffer(data, "<f8").astype(np.float64)
+    numbers, hashes = np.frombuffer(scores, "<f8"), np.frombuffer(seen, "<u8")
+    return Sample(numbers.astype(np.float64), hashes.astype(np.uint64), bool(row["independent"]))

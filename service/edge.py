@@ -20,6 +20,7 @@ from service.errors import Problem
 from service.keys import Key, Keyring
 from service.logs import REQUESTS, told
 from service.metrics import Metrics
+from service.sessions import Sessions
 from service.uploads import discard_body
 
 _log, _requests = logging.getLogger(__name__), logging.getLogger(REQUESTS)
@@ -38,8 +39,9 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
 }
-"""Of every answer, but for a page's own policy."""
+"""Of every answer, unless its route knows better."""
 TLS_HEADERS = {"Strict-Transport-Security": "max-age=31536000"}
 
 
@@ -50,9 +52,11 @@ def install(
     most_bytes: int,
     allowance: Allowance,
     local: bool = False,
+    sessions: Sessions | None = None,
 ) -> None:
     """Number, time and count every request of `app`, ask for its key where there is a keyring, and let no error leave
     it in any other shape than JSON. Without a keyring pages of other sites are kept out; see `guard_pages` for `local`.
+    `sessions`: who is signed in needs no key.
     """
 
     @app.before_request
@@ -62,7 +66,7 @@ def install(
 
     if keyring is None:
         guard_pages(app, local)
-    guard(app, keyring, most_bytes, allowance)
+    guard(app, keyring, most_bytes, allowance, sessions)
 
     @app.after_request
     def end(response: Response) -> Response:
@@ -73,6 +77,14 @@ def install(
         response.headers["X-Request-Id"] = g.request_id
         for name, value in HEADERS.items() if not request.is_secure else [*HEADERS.items(), *TLS_HEADERS.items()]:
             response.headers.setdefault(name, value)
+        if (
+            request.method == "GET"
+            and response.mimetype == "application/json"
+            and response.status_code == HTTPStatus.OK
+        ):
+            # Who asks every few seconds is told so when nothing has changed.
+            response.add_etag(weak=True)
+            response.make_conditional(request)
         return response
 
     _answer_errors(app, metrics)

@@ -4,10 +4,10 @@ import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-from anomaly_vae import encode_png
+from anomaly_vae import content_hash, encode_png
 from service.ids import Ids, shown
-from service.models import Served
 from service.recorder import Pending, Recorder
+from service.served import Served
 from service.store import Record
 from service.uploads import Upload
 
@@ -27,12 +27,12 @@ class Keeper:
     def __init__(
         self,
         recorder: Recorder | None,
-        worker: int,
+        ids: Ids,
         source: str,
         images: Images = "outliers",
         review_share: float = 0.0,
     ) -> None:
-        self.recorder, self._ids, self._source = recorder, Ids(worker), source
+        self.recorder, self._ids, self._source = recorder, ids, source
         self._images, self._share = images, review_share
         # Nobody outside can tell what will be drawn.
         self._chance = random.SystemRandom()
@@ -51,7 +51,7 @@ class Keeper:
         number = self._ids.next()
         if self.recorder is None:
             return shown(number)
-        drawn = self._chance.random() < self._share and not served.own.has_seen(file.data)
+        drawn = self._chance.random() < self._share and not served.detector.has_seen(file.data)
         record = Record(
             id=number,
             request=request,
@@ -68,6 +68,7 @@ class Keeper:
             parts=row["parts"],
             drawn=drawn,
             latents=latents,
+            content=content_hash(file.data) if drawn else None,
         )
         wanted = self._images == "all" or (self._images == "outliers" and (row["outlier"] or drawn))
         self.recorder.put(Pending(record, _drawing(image), image.numel()) if wanted else Pending(record))

@@ -141,6 +141,16 @@ class Keyring:
         right = hmac.compare_digest(_digest(secret), key.sha256 if key else _digest(""))
         return key if right and key is not None and not key.expired(datetime.now(UTC)) else None
 
+    def sources(self) -> set[str]:
+        """All sources that keys name."""
+        return {key.source for key in self._keys.values() if key.source is not None}
+
+    def named(self, number: str) -> Key | None:
+        """The key with this id, if it is still valid; it proves nothing of who asks."""
+        self._look_again()
+        key = self._keys.get(number)
+        return None if key is None or key.expired(datetime.now(UTC)) else key
+
     def _look_again(self) -> None:
         if time.monotonic() - self._looked < _RELOAD_SECONDS or not self._lock.acquire(blocking=False):
             return

@@ -1,7 +1,7 @@
 """`Metrics`: what Prometheus sees, on a registry that is handed in; every label has few values, all known here."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 P_VALUES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+FAILURES = (429, 500, 503, 504)
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 STAGES = ("read", "decode", "queue", "judge", "draw")
 # Why a picture or a request got no score: refusals of the queue first, then what went wrong afterwards.
@@ -37,6 +38,7 @@ class Metrics:
         self._versions: dict[str, str] = {}
         self._ratios: dict[tuple[str, str], float] = {}
         self._sources: dict[tuple[str, str, str], _OfSource] = {}
+        self._scored_by_gone = 0
         ProcessCollector(registry=registry)
         self._declare_traffic(registry)
         self._declare_verdicts(registry)
@@ -76,7 +78,13 @@ class Metrics:
         self._p_values = Histogram(
             "anomaly_p_value", "p-values; uniform for normal pictures", by, buckets=P_VALUES, registry=registry
         )
-        self._info = Gauge("anomaly_model_info", "1 for the model in force", ["model", "version"], registry=registry)
+        of = ["model", "version"]
+        self._info = Gauge("anomaly_model_info", "1 for the model in force", of, registry=registry)
+        self._calibrated = Gauge(
+            "anomaly_calibration_timestamp_seconds", "When the normals were scored that rank verdicts now", of,
+            registry=registry,
+        )  # fmt: skip
+        self._normals = Gauge("anomaly_calibration_normals", "Normals that rank verdicts now", of, registry=registry)
 
     def _declare_store(self, registry: CollectorRegistry) -> None:
         self._store_seconds = Histogram(
@@ -101,19 +109,44 @@ class Metrics:
         self._store_waiting.set_function(waiting)
         self._store_up.set_function(up)
 
-    def in_force(self, model: str, version: str, expected_outlier_ratio: float) -> None:
-        """Name the version of a model that answers from now on; its counters start at 0, so that the first outlier is a
-        visible increase."""
+    def in_force(
+        self,
+        model: str,
+        version: str,
+        expected_outlier_ratio: float,
+        normals: int,
+        calibrated_at: float | None,
+        sources: Iterable[str] = (),
+    ) -> None:
+        """Name the version of a model that answers from now on, and its calibration; its counters start at 0 for all
+        `sources` that keys name, so that the first outlier is a visible increase."""
         before = self._versions.get(model)
         if before not in (None, version):
-            self._info.remove(model, str(before))
+            for gauge in (self._info, self._calibrated, self._normals):
+                gauge.remove(model, str(before))
         self._versions[model] = version
         self._info.labels(model, version).set(1)
+        self._calibrated.labels(model, version).set(math.nan if calibrated_at is None else calibrated_at)
+        self._normals.labels(model, version).set(normals)
         self._ratios[model, version] = expected_outlier_ratio
-        self._of(model, version, self._source)
+        for source in (self._source, *sources):
+            self._of(model, version, source)
         for labels, counted in list(self._sources.items()):
             if labels[:2] == (model, version):
                 counted.expected.set(expected_outlier_ratio)
+
+    def gone(self, model: str, version: str) -> None:
+        """Forget the counters of a version that answers no more."""
+        self._ratios.pop((model, version), None)
+        if self._versions.get(model) == version:
+            del self._versions[model]
+            for gauge in (self._info, self._calibrated, self._normals):
+                gauge.remove(model, version)
+        for labels in [labels for labels in list(self._sources) if labels[:2] == (model, version)]:
+            self._scored_by_gone += self._count(labels)
+            del self._sources[labels]
+            for metric in (self._scored, self._outliers, self._expected, self._p_values):
+                metric.remove(*labels)
 
     def _of(self, model: str, version: str, source: str) -> "_OfSource":
         """The counters of one source; there are as many as the operator named, in keys and settings."""
@@ -135,6 +168,9 @@ class Metrics:
         """One answered request; `route` must be a template, never a raw path."""
         answer = (route, method if method in METHODS else "other", code)
         if answer not in self._of_answer:
+            # A series that begins with the first burst of failures would hide that burst: rates see increases alone.
+            for failure in FAILURES if code < 400 else ():
+                self._requests.labels(route, answer[1], failure)
             self._of_answer[answer] = self._requests.labels(*answer), self._request_seconds.labels(route)
         counted, timed = self._of_answer[answer]
         counted.inc()
@@ -154,14 +190,17 @@ class Metrics:
 
     def verdicts(self) -> int:
         """How many pictures this process has scored."""
-        named = ("model", "version", "source")
-        of_sources = (dict(zip(named, labels, strict=True)) for labels in list(self._sources))
-        return sum(
-            int(self.registry.get_sample_value("anomaly_images_scored_total", labels) or 0) for labels in of_sources
-        )
+        return self._scored_by_gone + sum(self._count(labels) for labels in list(self._sources))
+
+    def _count(self, labels: tuple[str, str, str]) -> int:
+        named = dict(zip(("model", "version", "source"), labels, strict=True))
+        return int(self.registry.get_sample_value("anomaly_images_scored_total", named) or 0)
 
     def verdict(self, model: str, version: str, p_value: float, outlier: bool, source: str | None = None) -> None:
         """One picture scored under the policy in force; `source`: where it came from, if the key told."""
+        if (model, version) not in self._ratios:
+            self._scored_by_gone += 1  # it was on its way when its version was retired
+            return
         counted = self._of(model, version, source or self._source)
         counted.scored.inc()
         counted.p_values.observe(p_value)

@@ -5,24 +5,42 @@ from dataclasses import asdict
 from http import HTTPStatus
 from typing import Any
 
+import numpy as np
 from flask import Response
 
 from anomaly_vae import CalibrationError, ConfigError
-from anomaly_vae.answers import Audit, Model, ModelList, PolicyBook, Preview, Recalibrated
-from service.asked import ActivateWanted, AuditWanted, LoadWanted, PolicyWanted, PreviewWanted, RecalibrateWanted
+from anomaly_vae.answers import Audit, Model, ModelList, PolicyBook, Preview, Recalibrated, Retired
+from service.asked import (
+    ActivateWanted,
+    AuditWanted,
+    LoadWanted,
+    PolicyWanted,
+    PreviewWanted,
+    RecalibrateWanted,
+    RetireWanted,
+)
 from service.auditing import changes
 from service.bodies import answer, body_of, moment, query_of, who
-from service.decisions import Decided, PolicyChoice
+from service.decisions import Decided, PolicyChoice, Sample
 from service.errors import Problem
 from service.keys import Role
-from service.models import Models, Served
+from service.models import Models
 from service.policies import InForce
 from service.reviewing import Reviewed, Reviews
 from service.routes import Route
-from service.store import Store, Wanted
+from service.served import Served
+from service.store import Store
 
 _LOOKING = ("unknown_model", "no_store", "store_down")
-_READING = ("bundle_replaced", "no_models_folder", "unknown_bundle", "bad_bundle")
+_READING = (
+    "bundle_replaced",
+    "no_models_folder",
+    "unknown_bundle",
+    "bad_bundle",
+    "no_memory",
+    "load_timeout",
+    "loading",
+)
 _CHANGING = ("not_loaded", "no_store", "store_down", "conflict", "policy_not_supported")
 
 
@@ -45,6 +63,8 @@ class ModelPages:
                   codes=_CHANGING),
             Route("POST", f"{one}:rollback", admin, self.rollback, "Answer by the one before again", Model,
                   codes=("unknown_model", "nothing_before", *_READING, *_CHANGING)),
+            Route("POST", f"{one}:retire", admin, self.retire, "Forget a version, or a model", Retired,
+                  body=RetireWanted, codes=(*_LOOKING, "not_loaded", "in_use", "conflict")),
             Route("GET", policy, read, self.policy, "The policy and its history", PolicyBook, codes=_LOOKING),
             Route("PUT", policy, admin, self.set_policy, "Judge by another policy", PolicyBook, body=PolicyWanted,
                   codes=(*_LOOKING, "alpha_not_supported", "conflict")),
@@ -54,7 +74,7 @@ class ModelPages:
                   PolicyBook, codes=(*_LOOKING, "nothing_before", "alpha_not_supported", "bad_parameter", "conflict")),
             Route("POST", f"{one}:recalibrate", admin, self.recalibrate, "Rank among the reviewed normals",
                   Recalibrated, body=RecalibrateWanted,
-                  codes=(*_LOOKING, "too_few_reviewed", "nothing_before", "conflict")),
+                  codes=(*_LOOKING, "too_few_reviewed", "not_independent", "nothing_before", "conflict")),
             Route("GET", "/v1/audit", admin, self.audit, "Who changed what", Audit, AuditWanted,
                   codes=("no_store", "store_down")),
         ]  # fmt: skip
@@ -79,6 +99,11 @@ class ModelPages:
     def rollback(self, model: str) -> Response:
         return answer(self._shown(self._models.rollback(model, who())))
 
+    def retire(self, model: str) -> Response:
+        gone = self._models.retire(model, body_of(RetireWanted).version, who())
+        left = [one.version for one in self._models.loaded(model)]
+        return answer({"name": model, "retired": gone, "loaded": left})
+
     def policy(self, model: str) -> Response:
         return self._policy(self._models.pick(model))
 
@@ -96,13 +121,15 @@ class ModelPages:
     def preview(self, model: str) -> Response:
         asked, served = body_of(PreviewWanted), self._models.pick(model)
         policy = _policy_of(served, PolicyChoice(asked.alpha, asked.mode, asked.threshold))
-        rows = self._kept().verdicts(Wanted(model=model), limit=asked.last)
-        ours = self._versions(served)
-        scores = [row["score"] for row in rows if row["version"] in ours]
-        ranks = [row["p_value"] for row in rows if row["version"] in ours]
-        if not served.detector.calibration.crossed:
-            # Of versions that were ranked otherwise.
-            ranks = served.detector.calibration.p_values(scores).tolist() if scores else []
+        rows = self._kept().ranks(model, asked.last)
+        crossed = served.detector.calibration.crossed
+        # Crosswise ranks cannot be told from scores, so that only those count that were told by them.
+        ours = {served.version} if crossed else self._versions(served)
+        scores = [score for version, score, _ in rows if version in ours]
+        ranks = [rank for version, _, rank in rows if version in ours]
+        if scores and not crossed:
+            # Some may be of versions that were ranked otherwise.
+            ranks = served.detector.calibration.p_values(scores).tolist()
         now, then = (sum(one.outliers(served.detector, scores, ranks)) if scores else 0
                      for one in (served.policy, policy))  # fmt: skip
         shown = {"verdicts": len(scores), "flagged_now": now, "flagged_then": then}
@@ -123,11 +150,18 @@ class ModelPages:
                 f"{asked.minimum}; review more of them (GET /v1/review)"
             )
             raise Problem(HTTPStatus.CONFLICT, "too_few_reviewed", message)
+        if served.policy.mode == "guaranteed" and not asked.independent:
+            message = (
+                "the policy guarantees its rate, which takes pictures of which no two belong together, and feedback "
+                'does not tell; say "independent": true if so, or set the mode average first'
+            )
+            raise Problem(HTTPStatus.CONFLICT, "not_independent", message)
+        sample = Sample(reviewed.normal_scores, reviewed.normal_files, asked.independent)
         try:
             if asked.preview:
-                before, after = self._models.would_be(model, reviewed.normal_scores)
+                before, after = self._models.would_be(model, sample)
             else:
-                before, after = self._models.recalibrate(model, reviewed.normal_scores, who())
+                before, after = self._models.recalibrate(model, sample, who())
         except (CalibrationError, ConfigError) as error:
             message = f"the policy in force needs more reviewed normals: {error}"
             raise Problem(HTTPStatus.CONFLICT, "too_few_reviewed", message) from None
@@ -208,14 +242,15 @@ def _ranking(served: Served, reviewed: Reviewed) -> dict[str, Any]:
     scores, detector = reviewed.normal_scores, served.detector
     flagged = None
     if len(scores) and not detector.calibration.crossed:
-        ranks = detector.calibration.p_values(scores)
-        if detector.calibration.n == len(scores):
-            # Each among the others, as a new picture would be: among all it stands beside itself.
-            ranks = (ranks * (len(scores) + 1) - 1) / len(scores)
+        ranks, n = detector.calibration.p_values(scores), detector.calibration.n
+        # Each among the others, as a new picture would be: a normal that calibrates stands beside itself.
+        itself = np.isin(scores, detector.calibration.scores[0])
+        ranks = np.where(itself, (ranks * (n + 1) - 1) / n, ranks)
         flagged = sum(served.policy.outliers(detector, scores.tolist(), ranks.tolist())) / len(scores)
     return {
         "version": served.version,
         "normals": detector.calibration.n,
         "expected_false_alarm_rate": served.policy.expected_false_alarm_rate,
+        "band": served.policy.band,
         "flagged_normals": flagged,
     }

@@ -40,8 +40,11 @@ _LINES = {
 }
 _PATHS = {
     "model": ("A model's name", {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"}),
+    "scan": ("The id that it was given", {"type": "string", "pattern": "^[0-7][0-9a-f]{15}$"}),
     "verdict": ("The id that its answer gave", {"type": "string", "pattern": "^[0-7][0-9a-f]{15}$"}),
     "alarm": ("Its id in GET /v1/alarms", {"type": "string", "pattern": "^[0-9a-f]{16}$"}),
+    "digest": ("Of all files of the page together", {"type": "string", "pattern": "^[0-9a-f]{16}$"}),
+    "file": ("A file's name", {"type": "string"}),
 }
 
 
@@ -143,7 +146,7 @@ def _parameters(route: Route) -> Iterator[dict[str, Any]]:
             found = {key: part for key, part in _without_null(value).items() if key != "title"}
             about = found.pop("description", "")
             yield {"name": name, "in": "query", "description": about, "schema": found}
-    if route.takes:
+    if "bad_deadline" in route.codes:
         most = {"type": "integer", "minimum": 1, "maximum": 600_000}
         yield {"name": "X-Deadline-Ms", "in": "header", "description": _DEADLINE, "schema": most}
     yield {"name": "X-Request-Id", "in": "header", "description": _REQUEST_ID, "schema": {"type": "string"}}
@@ -275,9 +278,11 @@ def _curl(operation: Mapping[str, Any], schemas: Mapping[str, Any]) -> str:
         body = schemas[content["application/json"]["schema"]["$ref"].removeprefix(_REF)]
         example = json.dumps(body.get("examples", [{}])[0])
         words += ["-H", "'Content-Type: application/json'", "-d", shlex.quote(example)]
+    elif "text/html" in content:
+        words += ["-H", "'Content-Type: text/html'", "--data-binary", "@report.html"]
     elif content:
         words = ["curl", *words[3:], "--data-binary", "@picture.jpg"]
     address = "http://127.0.0.1:8765" + operation["path"]
-    for name, example in (("model", "NAME"), ("verdict", "ID"), ("alarm", "ID")):
+    for name, example in (("model", "NAME"), ("verdict", "ID"), ("alarm", "ID"), ("scan", "ID")):
         address = address.replace(f"{{{name}}}", example)
     return " ".join([*words, address])

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from service.front import Front
     from service.health import Readiness
     from service.settings import ServiceSettings
+    from service.store import Store
 
 
 def serve(bundle: Path, settings: "ServiceSettings") -> None:
@@ -47,6 +48,7 @@ def serve(bundle: Path, settings: "ServiceSettings") -> None:
         port = main.getsockname()[1]
         with _claimed(settings.host, settings.separate_health_port(port), "health_port") as health:
             place = Place(bundle, settings, port, health.getsockname()[1], time.time())
+            _say_that_it_starts(bundle)
             lifeline, held = multiprocessing.Pipe(duplex=False)
             told, report = multiprocessing.Pipe(duplex=False)
             server = Granian(
@@ -73,6 +75,13 @@ def serve(bundle: Path, settings: "ServiceSettings") -> None:
         error = AnomalyVaeError(message)
         error.exit_code = code
         raise error
+
+
+def _say_that_it_starts(bundle: Path) -> None:
+    """Many large models take many seconds until they answer; a bundle that is not there has its own line."""
+    if (bundle / "bundle.yaml").is_file():
+        sys.stderr.write(f"starting: loading {bundle} and warming it up; several large models take a while\n")
+        sys.stderr.flush()
 
 
 def serve_command(
@@ -192,8 +201,8 @@ def _start(place: Place, lifeline: Connection) -> "Front":
         settings,
         place.bundle.resolve().name,
         lambda: _opened(place.bundle, settings.device),
-        lambda path: _opened(path, settings.device),
-        store=Store(place_of_store) if place_of_store else None,
+        lambda path: _opened(path, settings.device, checked=False),
+        store=Store(place_of_store, patient=True) if place_of_store else None,
         readiness=readiness,
         registry=registry,
         on_lost=_give_up,
@@ -208,11 +217,11 @@ def _start(place: Place, lifeline: Connection) -> "Front":
     return front
 
 
-def _opened(path: Path, device: str) -> "Detector":
-    """A bundle's detector; raises `ConfigError` for one whose scores take seconds a picture."""
+def _opened(path: Path, device: str, checked: bool = True) -> "Detector":
+    """A bundle's detector; raises `ConfigError` for one whose scores take seconds a picture. `checked`: see `load`."""
     from anomaly_vae import ConfigError, Detector, pick_device
 
-    detector = Detector.load(path, pick_device(device))
+    detector = Detector.load(path, pick_device(device), checked)
     if detector.spec.offline:
         raise ConfigError(f"{path} holds scores too slow for a service (offline: true); use anomaly-vae scan")
     return detector
@@ -279,10 +288,16 @@ def _welcome(place: Place, running: "Running") -> str:
   address  {url}
   try      curl -F file=@picture.jpg {url}/v1/score
   verdict  outlier when p <= {policy.alpha:g} ({policy.mode}): {policy.expected_false_alarm_rate:.2%} false alarms
-  store    {store.database.shown if store else "none: verdicts are not kept (store: none)"}
+  store    {_told_of(store)}
   health   {place.url(place.health_port)}/ready, metrics at /metrics
   stop     Ctrl-C; what was accepted is finished first
 """
+
+
+def _told_of(store: "Store | None") -> str:
+    if store is None:
+        return "none: verdicts are not kept (store: none)"
+    return store.database.shown + ("" if store.database.opened else " cannot be reached yet: verdicts wait in memory")
 
 
 def _farewell(running: "Running", drain_seconds: float) -> None:

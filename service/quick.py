@@ -113,7 +113,7 @@ class Quick:
             return None
         if not self._can_ask(headers):
             return None
-        return Plain(headers, scope.scheme == "https", scope.query_string, kind, int(length), time.monotonic())
+        return Plain(headers, self._is_secure(scope), scope.query_string, kind, int(length), time.monotonic())
 
     async def answer(self, request: Plain, incoming: Incoming) -> Answer | None:
         """The verdict, or why there is none; None for what only Flask can answer, which is then done nothing about."""
@@ -149,7 +149,8 @@ class Quick:
         served = self._scorer.models.pick(wanted.model)
         left = deadline_ms(request.headers.get("x-deadline-ms"), self._settings.deadline_ms) / 1000
         deadline = request.started + left
-        asked = Asked(served, deadline, Options.of(wanted, served), request_id, key.source if key else None)
+        options = Options.of(wanted, served, named=key is None or key.role >= Role.READ)
+        asked = Asked(served, deadline, options, request_id, key.source if key else None)
         self._metrics.stage("read", time.monotonic() - request.started)
         file, (done, wake) = Upload(None, body), self._wakes.one()
         if _is_small(body):
@@ -167,6 +168,13 @@ class Quick:
             late.cancel()
         verdict = self._scorer.finish(ticket, file, asked)
         return {"model": served.shown, "results": [result(None, verdict)]}
+
+    def _is_secure(self, scope: Any) -> bool:
+        """As werkzeug's ProxyFix has it for Flask."""
+        proxies = self._settings.trusted_proxies
+        schemes = scope.headers.get("x-forwarded-proto", "").split(",") if proxies else []
+        scheme = schemes[-proxies].strip() if len(schemes) >= proxies > 0 else ""
+        return (scheme or scope.scheme) == "https"
 
     def _most_bytes(self) -> int:
         return min(MOST_BYTES, self._settings.max_request_bytes)
@@ -249,4 +257,4 @@ def _wanted(query: str) -> ScoreWanted:
 def _is_plain(query: str) -> bool:
     """Whether nothing is asked that takes a thread; raises `Problem`."""
     wanted = _wanted(query)
-    return wanted.heatmap == "none" and not wanted.explain
+    return wanted.heatmap == "none" and not (wanted.explain or wanted.reconstruction)

@@ -66,7 +66,7 @@ class Recorder:
         self._error: str | None = None
         self._closing = False
         self._tidy_at = 0.0
-        told.watch_store(lambda: len(self._waiting) + self._in_hand, lambda: float(self._error is None))
+        told.watch_store(lambda: len(self._waiting) + self._in_hand, lambda: float(self._is_well()))
         self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
         self._thread.start()
 
@@ -91,11 +91,14 @@ class Recorder:
             waiting = len(self._waiting) + self._in_hand
             # Why not is for the log: whoever may look at /ready need not know where the store is.
             return {
-                "state": "ok" if self._error is None and self._thread.is_alive() else "behind",
+                "state": "ok" if self._is_well() and self._thread.is_alive() else "behind",
                 "waiting": waiting,
                 "lost_verdicts": self._lost["verdict"],
                 "lost_pictures": self._lost["picture"],
             }
+
+    def _is_well(self) -> bool:
+        return self._error is None and self._store.database.opened
 
     def flush(self, timeout: float) -> bool:
         """Wait until all that was put is kept; False if that took longer."""
@@ -206,6 +209,9 @@ class Recorder:
     def _tidy(self) -> None:
         """A little at a time, since verdicts wait meanwhile; more of it soon where there is more."""
         more = False
+        if not self._store.database.opened:
+            self._tidy_at = time.monotonic() + _TIDY_SECONDS
+            return
         try:
             more = self._store.tidy(self._kept, time.time(), _TIDY_ROWS) > 0
             if not more:

@@ -6,7 +6,6 @@ all, normal ones are not like the normal ones of the stream.
 
 import time
 from dataclasses import dataclass
-from itertools import takewhile
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +17,7 @@ from service.database import Database
 from service.schema import FEEDBACK, PICTURES, REVIEWS, VERDICTS
 
 Floats = npt.NDArray[np.float64]
+Hashes = npt.NDArray[np.uint64]
 
 LABELS = {"false_alarm": True, "confirmed": True, "missed": False, "normal": False, "unclear": None}
 """What may be said, and whether only of outliers (True), of others (False), or of all (None)."""
@@ -36,12 +36,13 @@ class Contradiction(Exception):
 @dataclass(frozen=True)
 class Reviewed:
     """Verdicts drawn by chance under some versions: how many, how many of them a person judged without leaving one
-    out, how many of those are unclear, and the scores of those that are normal."""
+    out, how many of those are unclear, and of those that are normal the scores and the files' hashes, where known."""
 
     drawn: int
     judged: int
     unclear: int
     normal_scores: Floats
+    normal_files: Hashes
 
 
 class Reviews:
@@ -72,6 +73,7 @@ class Reviews:
                 connection.execute(insert(FEEDBACK), {"id": number, **row})
             else:
                 connection.execute(update(FEEDBACK).where(own).values(**row))
+            connection.execute(update(REVIEWS).where(REVIEWS.c.id == number).values(label=label))
             note(connection, by, "feedback", ids.shown(number), before, label)
         return before
 
@@ -82,8 +84,7 @@ class Reviews:
         query = (
             select(REVIEWS.c.id, REVIEWS.c.model, has_picture, VERDICTS.c.filename)
             .join(VERDICTS, VERDICTS.c.id == REVIEWS.c.id)
-            .outerjoin(FEEDBACK, FEEDBACK.c.id == REVIEWS.c.id)
-            .where(FEEDBACK.c.id.is_(None))
+            .where(REVIEWS.c.label.is_(None))
             .order_by(REVIEWS.c.id)
             .limit(limit)
         )
@@ -93,13 +94,19 @@ class Reviews:
 
     def reviewed(self, model: str, versions: list[str]) -> Reviewed:
         """What reviews under these versions of a model found, up to the first that nobody judged: beyond it somebody
-        may have picked."""
-        ours = (REVIEWS.c.model == model, REVIEWS.c.version.in_(versions))
-        label = func.coalesce(FEEDBACK.c.label, REVIEWS.c.label)
-        said = select(REVIEWS.c.score, label).outerjoin(FEEDBACK, FEEDBACK.c.id == REVIEWS.c.id)
+        may have picked. A file that was sent again counts once."""
+        r = REVIEWS.c
+        ours = (r.model == model, r.version.in_(versions))
+        same = func.coalesce(r.content, r.id)
         with self._database.reading() as connection:
-            found = [(score, label) for score, label in connection.execute(said.where(*ours).order_by(REVIEWS.c.id))]
-        judged = list(takewhile(lambda one: one[1] is not None, found))
-        scores = [score for score, label in judged if label in NORMAL]
-        unclear = sum(label in ("unclear", "forgotten") for _, label in judged)
-        return Reviewed(len(found), len(judged), unclear, np.asarray(scores, np.float64))
+            drawn = connection.scalar(select(func.count(same.distinct())).where(*ours)) or 0
+            unjudged = connection.scalar(select(func.min(r.id)).where(*ours, r.label.is_(None)))
+            said = select(same, r.score, r.label, r.content).where(*ours).order_by(r.id)
+            said = said if unjudged is None else said.where(r.id < unjudged)
+            rows = {row[0]: tuple(row[1:]) for row in reversed(connection.execute(said).all())}
+        judged = [rows[key] for key in reversed(rows)]
+        normal = [(score, content) for score, label, content in judged if label in NORMAL]
+        unclear = sum(label in ("unclear", "forgotten") for _, label, _ in judged)
+        scores = np.array([score for score, _ in normal], np.float64)
+        files = np.array([content % (1 << 64) for _, content in normal if content is not None], np.uint64)
+        return Reviewed(drawn, len(judged), unclear, scores, files)

@@ -1,14 +1,11 @@
 """The tables of the store and the numbered steps by which an older store becomes the present one."""
 
-import time
-from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
-    Connection,
     Double,
     Index,
     Integer,
@@ -17,12 +14,8 @@ from sqlalchemy import (
     String,
     Table,
     Text,
-    insert,
-    select,
-    text,
+    UniqueConstraint,
 )
-
-from anomaly_vae import ConfigError
 
 METADATA = MetaData()
 
@@ -53,11 +46,27 @@ VERDICTS = Table(
     Column("alpha", Double, nullable=False),
     Column("policy", Integer, nullable=False),
     Column("parts", Text, nullable=False),
-    Index("verdicts_by_outlier", "outlier", "id"),
-    Index("verdicts_by_source", "source", "id"),
-    Index("verdicts_by_model", "model", "id"),
+    Column("kind", Integer, nullable=False, server_default="0"),
 )
-"""`id` is of `ids.Ids` and tells the time. `policy`: the revision that judged. `parts`: JSON."""
+"""`id` is of `ids.Ids` and tells the time. `policy`: the revision that judged. `parts`: JSON. `kind`: of `KINDS`."""
+
+BY_KIND = Index("verdicts_by_kind", VERDICTS.c.kind, VERDICTS.c.id, VERDICTS.c.p_value)
+
+KINDS = Table(
+    "kinds",
+    METADATA,
+    Column("number", Integer, primary_key=True),
+    _name("model"),
+    _name("source"),
+    Column("outlier", Boolean, nullable=False),
+    Column("low", Double, nullable=False),
+    Column("high", Double, nullable=False),
+    UniqueConstraint("model", "source", "outlier", "high"),
+)
+"""What verdicts can be looked for by, in one number. `low`, `high`: the p-values are above the one, up to the other."""
+
+RARITY = (*(float(f"{digit}e-{power}") for power in range(6, 0, -1) for digit in (1, 2, 5)), 1.0)
+"""Upper ends of the p-values of kinds: the rates that people ask for, so that these are whole kinds."""
 
 PICTURES = Table(
     "pictures",
@@ -76,9 +85,18 @@ REVIEWS = Table(
     _version(),
     Column("score", Double, nullable=False),
     Column("label", String(64)),
+    Column("content", BigInteger),
 )
 """Verdicts drawn for review by chance alone. They stay when a verdict is forgotten, `label` with what was said of it:
-what is left of a sample once outliers are taken out is no sample."""
+what is left of a sample once outliers are taken out is no sample. `label`: what was said, null until then. `content`:
+the hash of the file, as a signed number; null where it was forgotten."""
+
+_OPEN = REVIEWS.c.label.is_(None)
+TO_REVIEW = (
+    Index("reviews_open", REVIEWS.c.id, sqlite_where=_OPEN, postgresql_where=_OPEN),
+    Index("reviews_open_by_model", REVIEWS.c.model, REVIEWS.c.id, sqlite_where=_OPEN, postgresql_where=_OPEN),
+)
+REVIEWS_BY_MODEL = Index("reviews_by_model", REVIEWS.c.model, REVIEWS.c.id)
 
 FEEDBACK = Table(
     "feedback",
@@ -91,35 +109,63 @@ FEEDBACK = Table(
 )
 """What a person said of a verdict; the last word counts."""
 
-RATES = Table(
-    "rates",
-    METADATA,
-    Column("minute", Integer, primary_key=True, autoincrement=False),
-    Column("model", String(64), primary_key=True),
-    Column("version", String(16), primary_key=True),
-    Column("source", String(64), primary_key=True),
-    Column("scored", Integer, nullable=False),
-    Column("outliers", Integer, nullable=False),
-    Column("expected", Double, nullable=False),
-)
-"""Counts by minute since 1970. `expected`: of the outliers, were all pictures normal."""
+BINS = 20
+"""p-values are counted in so many bins of equal width."""
 
-HISTOGRAMS = Table(
-    "histograms",
+MINUTE, HOUR, DAY = 1, 60, 1440
+"""Spans over which is counted, in minutes."""
+
+
+def _counts(name: str, *columns: Column[Any]) -> Table:
+    """Counts over spans. `start`: in minutes since 1970, a multiple of the span."""
+    return Table(
+        name,
+        METADATA,
+        Column("span", Integer, primary_key=True, autoincrement=False),
+        Column("start", Integer, primary_key=True, autoincrement=False),
+        Column("model", String(64), primary_key=True),
+        Column("version", String(16), primary_key=True),
+        Column("source", String(64), primary_key=True),
+        *columns,
+        sqlite_with_rowid=False,
+    )
+
+
+def _count(name: str) -> Column[int]:
+    return Column(name, BigInteger, nullable=False)
+
+
+RATES = _counts("outlier_rates", _count("scored"), _count("outliers"), Column("expected", Double, nullable=False))
+"""By the minute, the hour and the day. `expected`: of the outliers, were all pictures normal."""
+
+HISTOGRAMS = _counts("p_value_counts", *(_count(f"bin{k}") for k in range(BINS)))
+"""p-values by the hour and the day."""
+
+COUNTED_SINCE = Table(
+    "counted_since",
+    METADATA,
+    Column("span", Integer, primary_key=True, autoincrement=False),
+    Column("start", Integer, nullable=False),
+)
+"""From when on (minutes since 1970) there are all counts of a span; those before were deleted, or never made."""
+
+PICTURE_BYTES = Table(
+    "picture_bytes",
     METADATA,
     Column("hour", Integer, primary_key=True, autoincrement=False),
-    Column("model", String(64), primary_key=True),
-    Column("version", String(16), primary_key=True),
-    Column("source", String(64), primary_key=True),
-    Column("bin", Integer, primary_key=True, autoincrement=False),
-    Column("n", Integer, nullable=False),
+    _count("pictures"),
+    _count("bytes"),
 )
-"""p-values counted by hour since 1970, in bins of equal width."""
+"""How much is kept of each hour's pictures, hours since 1970."""
 
-BINS = 20
-
-WORKERS = Table("workers", METADATA, Column("number", Integer, primary_key=True), Column("at", Double, nullable=False))
-"""Processes that opened the store, to be told apart by number."""
+WORKERS = Table(
+    "worker_numbers",
+    METADATA,
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    _name("holder"),
+    Column("until", Double, nullable=False),
+)
+"""Numbers lent to processes, by which their verdicts' ids are told apart; `until`: by the database's clock."""
 
 AUDIT = Table(
     "audit",
@@ -133,6 +179,8 @@ AUDIT = Table(
     Column("after", Text),
 )
 """Every change that a person made; `before` and `after` are JSON. Its last number tells other processes to look."""
+
+BY_ACTION = Index("audit_by_action", AUDIT.c.action, AUDIT.c.number)
 
 
 def _decision(name: str, *columns: Column[Any]) -> Table:
@@ -164,8 +212,11 @@ CALIBRATIONS = _decision(
     Column("base", String(16), nullable=False),
     _version(),
     Column("scores", LargeBinary),
+    Column("seen", LargeBinary),
+    Column("independent", Boolean),
 )
-"""`base`: the bundle's version. `scores`: little-endian float64; null: the bundle's own calibration."""
+"""`base`: the bundle's version. `scores`: little-endian float64; null: the bundle's own calibration. `seen`: hashes of
+these pictures, little-endian uint64. `independent`: that no two of them belong together; null: nobody said so."""
 
 ALARMS = Table(
     "alarms",
@@ -185,41 +236,38 @@ ALARMS = Table(
 """What the alarms have seen of each stream. `rate`, `shift`, `examples`: JSON; `sums`: little-endian int32. The
 moments of raising are in seconds since 1970."""
 
-_VERSIONS = Table(
-    "schema_version", METADATA, Column("number", Integer, primary_key=True), Column("at", Double, nullable=False)
+SESSIONS = Table(
+    "sessions",
+    METADATA,
+    Column("digest", String(64), primary_key=True),
+    Column("ends", Double, nullable=False),
 )
+"""Who is signed in on the page: see `sessions.Sessions`. Nothing in it lets anybody in."""
 
-
-def _create(*tables: Table) -> Callable[[Connection], None]:
-    def step(connection: Connection) -> None:
-        for table in tables:
-            table.create(connection)
-
-    return step
-
-
-STEPS: tuple[Callable[[Connection], None], ...] = (
-    _create(VERDICTS, PICTURES, REVIEWS, FEEDBACK, RATES, HISTOGRAMS, WORKERS, AUDIT),
-    _create(POLICIES, ACTIVATIONS, CALIBRATIONS),
-    _create(ALARMS),
+SCANS = Table(
+    "scans",
+    METADATA,
+    Column("id", _NUMBER, primary_key=True, autoincrement=False),
+    Column("name", String(255), nullable=False),
+    _name("model"),
+    _version(),
+    _name("source"),
+    _name("by"),
+    Column("started", Double, nullable=False),
+    Column("finished", Double, nullable=False),
+    _count("scored"),
+    _count("failed"),
+    _count("outliers"),
+    Column("expected_rate", Double, nullable=False),
+    Column("alpha", Double, nullable=False),
 )
-"""Step k makes version k of version k - 1. A released one is never changed: a further one adds what a table lacks."""
+"""Scans of whole folders, as their commands told of them. `id`: of `ids.Ids`."""
 
-
-def migrate(connection: Connection) -> None:
-    """Bring a store, empty or of any older version, to the present one; raises `ConfigError` for a newer one.
-
-    Inside one transaction of the caller, so that it happens once and whole whoever else starts at the same time.
-    """
-    if connection.dialect.name == "postgresql":
-        connection.execute(text("SELECT pg_advisory_xact_lock(4722089)"))
-    _VERSIONS.create(connection, checkfirst=True)
-    found = max([0, *connection.scalars(select(_VERSIONS.c.number))])
-    if found > len(STEPS):
-        raise ConfigError(
-            f"the store is of version {found}, and this program knows up to {len(STEPS)}; "
-            "update the program, or give it another store"
-        )
-    for number, step in enumerate(STEPS[found:], found + 1):
-        step(connection)
-        connection.execute(insert(_VERSIONS), {"number": number, "at": time.time()})
+SCAN_REPORTS = Table(
+    "scan_reports",
+    METADATA,
+    Column("id", _NUMBER, primary_key=True, autoincrement=False),
+    Column("bytes", Integer, nullable=False),
+    Column("html", LargeBinary, nullable=False),
+)
+"""Their reports, compressed (zlib); `bytes`: as they were sent."""

@@ -10,15 +10,17 @@ from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from anomaly_vae import BadImage, heatmap_png, pick_device, regions_json
+from anomaly_vae import BadImage, pick_device, regions_json
 from service.archives import Entry, too_late
 from service.batching import Batcher
+from service.drawing import Style, heat_png, pictures
 from service.errors import Problem
 from service.keeping import Keeper
 from service.metrics import Metrics
-from service.models import Models, Served
+from service.models import Models
 from service.options import Options
 from service.refusals import failed, late, refused
+from service.served import Served
 from service.settings import ServiceSettings
 from service.shares import Shares
 from service.tickets import NotAccepted, NotScored, Reservation, Scored, Target, Ticket
@@ -50,11 +52,11 @@ class Asked:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A picture's row as the request wants it, the id it is kept under, and its heat map as PNG where asked for."""
+    """A picture's row as the request wants it, the id it is kept under, and the PNGs asked for, by name."""
 
     id: str
     row: dict[str, Any]
-    heatmap: bytes | None
+    pictures: dict[str, bytes | None]
 
 
 class Scorer:
@@ -86,7 +88,7 @@ class Scorer:
             extra_delay=settings.extra_delay_ms / 1000,
             bulk_patience=settings.bulk_patience_ms / 1000,
             threads=lambda: self._shares.batches,
-            launching=lambda alone: self._shares.take(alone),
+            began=self._shares.take,
             on_batch=metrics.batch,
             on_lost=on_lost,
         )
@@ -160,8 +162,18 @@ class Scorer:
                 if isinstance(ticket, Ticket):
                     ticket.cancel()
 
-    def heatmap(self, served: Served, image: "Tensor", deadline: float) -> bytes:
-        """PNG of the heat map of a uint8 (C, H, W) picture that the model has seen before; raises `Problem`."""
+    def heatmap(self, served: Served, image: "Tensor", png: bytes, style: Style, deadline: float) -> bytes:
+        """PNG of the heat map of a uint8 (C, H, W) picture, kept as `png`, that the model has seen before; raises
+        `Problem`."""
+        return heat_png(style, *self._looked_at(served, image, deadline), served.detector.image, png)
+
+    def regions(self, served: Served, image: "Tensor", png: bytes, deadline: float) -> list[dict[str, Any]]:
+        """What is hot in such a picture, in pixels of `png`, which shows it; raises `Problem`."""
+        scored, _ = self._looked_at(served, image, deadline)
+        assert scored.heat is not None
+        return regions_json(scored.heat, served.detector.image, png)
+
+    def _looked_at(self, served: Served, image: "Tensor", deadline: float) -> tuple[Scored, Ticket]:
         try:
             with self._batcher.reserve(1, deadline=deadline) as place:
                 ticket = place.submit(image, served.target, heatmap=True)
@@ -170,7 +182,7 @@ class Scorer:
             raise refused(refusal) from None
         except NotScored as failure:
             raise failed(failure) from None
-        return _drawn(scored, ticket)
+        return scored, ticket
 
     def verdicts(self) -> int:
         """How many pictures this process has scored."""
@@ -226,8 +238,9 @@ class Scorer:
         except Problem as problem:
             places.skip()
             return problem
-        also = partial(_explained, served) if asked.options.explain else None
-        return places.submit(image, served.target, heatmap=asked.options.heat != "none", also=also, wake=wake)
+        options = asked.options
+        also = options.also(served.own)
+        return places.submit(image, served.target, heatmap=options.heat != "none", also=also, wake=wake)
 
     def _outcome(self, ticket: Ticket | Problem, file: Upload, asked: Asked) -> Verdict | Problem:
         if isinstance(ticket, Problem):
@@ -237,14 +250,14 @@ class Scorer:
         try:
             scored = ticket.result()
             row = served.policy.applied(_plain(scored.row), served.detector)
-            more: dict[str, Any] = {}
-            drawn = None
+            spec, more, drawn = served.detector.image, {}, {}
             if scored.heat is not None:
-                more = {"regions": regions_json(scored.heat, served.detector.image, file.data)}
-                if scored.also is not None:
-                    more["explanation"] = scored.also
-                if options.heat == "png":
-                    drawn = self._timed("draw", asked.deadline, lambda: _drawn(scored, ticket))
+                more["regions"] = regions_json(scored.heat, spec, file.data)
+            if options.explain:
+                more["explanation"] = scored.also["explanation"]
+            if options.draws:
+                work = partial(pictures, options, scored, ticket, spec, file.data)
+                drawn = self._timed("draw", asked.deadline, work)
         except NotScored as failure:
             self._metrics.rejected("deadline" if failure.reason == "expired" else failure.reason)
             return failed(failure)
@@ -269,19 +282,9 @@ class Scorer:
             self._metrics.stage(stage, time.monotonic() - started)
 
 
-def _explained(served: Served, image: "Tensor", row: dict[str, Any]) -> dict[str, Any]:
-    parts = {name: [value] for name, value in row["parts"].items()}
-    return served.own.explain(image[None], parts)[0]
-
-
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
     """The row as JSON can say it; raises `NotScored` for a score that is no number."""
     if not math.isfinite(row["score"]):
         raise NotScored("unscorable", f"the model's score is {row['score']}")
     parts = {name: value if math.isfinite(value) else None for name, value in row["parts"].items()}
     return {**row, "parts": parts}
-
-
-def _drawn(scored: Scored, ticket: Ticket) -> bytes:
-    assert scored.heat is not None
-    return heatmap_png(scored.heat, scored.heat_scale, ticket.image.numpy())

@@ -1,6 +1,7 @@
 """`ServiceSettings`: everything an operator can set, from a YAML file, the environment and the command line."""
 
 import ipaddress
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,11 +24,14 @@ class ServiceSettings(Spec):
     port: int = Field(default=8765, ge=0, le=65535)
     health_port: int | None = Field(default=None, ge=0, le=65535)
     allow_remote: bool = False
+    trusted_proxies: int = Field(default=0, ge=0, le=16)
     keys: Path | None = None
+    session_hours: float = Field(default=12.0, gt=0.0, le=8760.0)
     tls_certificate: Path | None = None
     tls_key: Path | None = None
 
     models: Path | None = None
+    load_seconds: float = Field(default=300.0, ge=0.1, le=3600.0)
     model: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     source: str = Field(default="default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     device: str = "auto"
@@ -55,8 +59,15 @@ class ServiceSettings(Spec):
     picture_days: float | None = Field(default=30.0, gt=0.0)
     picture_megabytes: int | None = Field(default=1024, ge=1)
     verdict_days: float | None = Field(default=None, gt=0.0)
+    minute_counts_days: float | None = Field(default=7.0, ge=1.0)
+    hour_counts_days: float | None = Field(default=400.0, ge=1.0)
+    max_exports: int = Field(default=2, ge=1, le=64)
     review_share: float = Field(default=0.01, ge=0.0, le=1.0)
     base_rates: dict[SourceName, Annotated[float, Field(gt=0.0, lt=1.0)]] = Field(default_factory=dict)
+
+    max_scans: int | None = Field(default=1000, ge=1)
+    scan_days: float | None = Field(default=None, gt=0.0)
+    max_report_bytes: int = Field(default=16 * MIB, ge=1024, le=1024 * MIB)
 
     logs: Literal["auto", "text", "json"] = "auto"
     log_requests: bool = False
@@ -95,6 +106,11 @@ class ServiceSettings(Spec):
             raise ValueError(
                 f"max_images_per_request {self.max_images_per_request} can never fit in queue_size {self.queue_size}; "
                 "raise the second or lower the first"
+            )
+        if (self.minute_counts_days or math.inf) > (self.hour_counts_days or math.inf):
+            raise ValueError(
+                "minute_counts_days is more than hour_counts_days, and counts by the minute are folded into those by "
+                "the hour; raise the second or lower the first"
             )
         if self.health_port is not None and self.health_port == self.port != 0:
             raise ValueError(f"health_port and port are both {self.port}; leave health_port out for the next one")
@@ -149,7 +165,7 @@ class ServiceSettings(Spec):
 
     def most_bytes(self) -> int:
         """The largest body that is taken."""
-        return max(self.max_request_bytes, self.max_archive_bytes)
+        return max(self.max_request_bytes, self.max_archive_bytes, self.max_report_bytes)
 
     def place_of_store(self, bundle: Path) -> str | None:
         """Where verdicts are kept: beside the bundle unless set; None for nowhere."""

@@ -22,8 +22,8 @@ class Shares:
 
     Threads that share one batch wait for one another at every operation, each time for the one that the system has
     just put off for a request; batches beside one another do not. So each has one core where there are few, and there
-    are as many as leave the requests their part. A single picture with nothing beside it has all cores. A GPU is given
-    one batch at a time.
+    are as many as leave the requests their part. (On two cores even a single picture with nothing beside it takes twice
+    as long on both.) A GPU is given one batch at a time.
     """
 
     def __init__(self, cores: int | None, batches: int | None, on: "device") -> None:
@@ -47,12 +47,10 @@ class Shares:
         self.batches = self._wanted or fitting
         self._each = 1 if self._cores <= _FEW_CORES else max(1, (self._cores - 1) // self.batches)
 
-    def take(self, alone: bool) -> None:
-        """Before a batch, on the thread that judges it: PyTorch knows for each how many cores it may use."""
+    def take(self) -> None:
+        """On each thread that judges: PyTorch knows for each how many cores it may use."""
         if self._on_cpu:
-            cores = self._cores if alone else self._each
-            if torch.get_num_threads() != cores:
-                torch.set_num_threads(cores)
+            torch.set_num_threads(self._each)
 
 
 def _seconds(target: Target) -> float:

@@ -1,143 +1,96 @@
 """`Store`: verdicts, what is kept of their pictures, and counts by the minute, on disk or in PostgreSQL."""
 
 import json
-import math
+import logging
 import sqlite3
-import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, Select, Table, delete, func, insert, select, update
-from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import Connection, RowMapping, Select, Table, delete, insert, select, update
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from anomaly_vae import ConfigError
-from service import ids
-from service.database import Database, private, quoted, reason_of
-from service.schema import BINS, FEEDBACK, HISTOGRAMS, PICTURES, RATES, REVIEWS, VERDICTS, WORKERS, migrate
+from service import counting, ids
+from service.database import Database, is_mistake, or_add, reason_of
+from service.kinds import Kinds, key_of, last_of, newest
+from service.migrations import migrate
+from service.records import Kept, Record, Wanted
+from service.schema import FEEDBACK, PICTURE_BYTES, PICTURES, REVIEWS, VERDICTS
+
+__all__ = ["Beside", "Kept", "Record", "Store", "Wanted"]
+
+_log = logging.getLogger(__name__)
+Beside = Callable[[Connection, Sequence[Record]], None]
+"""What else is done in the transaction that keeps verdicts."""
 
 _CHUNK = 1000
 """Rows deleted in one transaction, so that nobody waits long for it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One verdict to be kept. `expected`: the share of normal pictures that the policy takes for outliers.
-
-    `drawn`: for review, by chance alone. `png`: what the model saw of the picture, where it is kept. `latents`: for the
-    alarms, and not kept.
-    """
-
-    id: int
-    request: str
-    filename: str | None
-    model: str
-    version: str
-    source: str
-    score: float
-    p_value: float
-    outlier: bool
-    alpha: float
-    policy: int
-    expected: float
-    parts: dict[str, float | None]
-    drawn: bool = False
-    png: bytes | None = None
-    latents: tuple[float, ...] = ()
-
-
-Beside = Callable[[Connection, Sequence[Record]], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """Which verdicts: made at `since` or later and before `until` (seconds since 1970); None means any."""
-
-    since: float | None = None
-    until: float | None = None
-    model: str | None = None
-    source: str | None = None
-    outlier: bool | None = None
-    p_value_at_most: float | None = None
-
-    def applied(self, query: Select[Any]) -> Select[Any]:
-        """A query of verdicts with these conditions."""
-        v, conditions = VERDICTS.c, []
-        if self.since is not None:
-            conditions.append(v.id >= ids.first_at(self.since))
-        if self.until is not None:
-            conditions.append(v.id < ids.first_at(self.until))
-        if self.p_value_at_most is not None:
-            conditions.append(v.p_value <= self.p_value_at_most)
-        equal = ((v.model, self.model), (v.source, self.source), (v.outlier, self.outlier))
-        return query.where(*conditions, *(column == value for column, value in equal if value is not None))
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """How much is kept: days of verdicts and pictures, and bytes of pictures; None means all."""
-
-    verdict_days: float | None = None
-    picture_days: float | None = 30.0
-    picture_bytes: int | None = 1 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """What a store holds; `oldest` in seconds since 1970, None where there is nothing."""
-
-    verdicts: int
-    oldest: float | None
-    pictures: int
-    picture_bytes: int
-    feedback: int
-
-
 class Store:
     """Opened by its place: a path, or a postgresql:// URL. Raises `ConfigError` where it cannot be opened.
 
-    `worker` is this process's number, for `ids.Ids`.
+    `patient`: a PostgreSQL that cannot be reached is no error; `open` is then to be tried again, and until it succeeds
+    everything else raises `OperationalError`.
     """
 
-    def __init__(self, place: str) -> None:
+    def __init__(self, place: str, patient: bool = False) -> None:
         self.database = Database(place)
-        self._uncompacted = False
+        self._uncompacted, self._kinds = False, Kinds()
         try:
-            with self.database.writing() as connection:
+            self.open()
+        except OperationalError as error:
+            if not patient:
+                raise self._unopened(error) from None
+            _log.error("the store cannot be reached, verdicts wait in memory: %s", reason_of(error))
+
+    def open(self) -> None:
+        """Bring it up to date; raises `OperationalError` where it cannot be reached now, `ConfigError` for the rest."""
+        try:
+            with self.database.opening() as connection:
                 migrate(connection)
-                found = connection.execute(insert(WORKERS), {"at": time.time()}).inserted_primary_key
         except (SQLAlchemyError, sqlite3.Error) as error:
-            raise ConfigError(f"store {self.database.shown} cannot be opened: {reason_of(error)}") from None
-        self.worker = int(found[0]) if found else 0
+            if isinstance(error, OperationalError) and not self.database.is_sqlite and not is_mistake(error):
+                raise
+            raise self._unopened(error) from None
+
+    def _unopened(self, error: Exception) -> ConfigError:
+        return ConfigError(f"store {self.database.shown} cannot be opened: {reason_of(error)}")
 
     def write(self, records: Sequence[Record], also: Beside | None = None) -> None:
         """Keep verdicts, all or none; durable when it returns. `also` is done with them in the same transaction."""
         with self.database.writing() as connection:
-            connection.execute(insert(VERDICTS), [_row(record) for record in records])
+            kinds = self._kinds.of(connection, records)
+            connection.execute(insert(VERDICTS), [_row(record, kinds[key_of(record)]) for record in records])
             for table, rows in (
                 (PICTURES, [{"id": r.id, "bytes": len(r.png), "png": r.png} for r in records if r.png is not None]),
                 (REVIEWS, [_review(record) for record in records if record.drawn]),
             ):
                 if rows:
                     connection.execute(insert(table), rows)
-            _add(connection, RATES, _rates(records), ("scored", "outliers", "expected"))
-            _add(connection, HISTOGRAMS, _histograms(records), ("n",))
+            _count_pictures(connection, [(r.id, len(r.png)) for r in records if r.png is not None], 1)
+            counting.count(connection, records)
             if also is not None:
                 also(connection, records)
+        self._kinds.learn(kinds)
 
     def verdicts(self, wanted: Wanted, before: int | None = None, limit: int = 100) -> list[RowMapping]:
         """Verdicts, the newest first, each with what was said of it and whether its picture is kept.
 
         `before`: the last id of the page before.
         """
-        query = wanted.applied(_verdicts())
-        if before is not None:
-            query = query.where(VERDICTS.c.id < before)
+        rows: list[RowMapping] = []
         with self.database.reading() as connection:
-            return list(connection.execute(query.order_by(VERDICTS.c.id.desc()).limit(limit)).mappings())
+            numbers = newest(connection, wanted, before, limit)
+            for start in range(0, len(numbers), _CHUNK):
+                part = VERDICTS.c.id.in_(numbers[start : start + _CHUNK])
+                rows += connection.execute(_verdicts().where(part).order_by(VERDICTS.c.id.desc())).mappings()
+        return rows
+
+    def ranks(self, model: str, limit: int) -> list[tuple[str, float, float]]:
+        """Version, score and p-value of a model's last verdicts."""
+        with self.database.reading() as connection:
+            return last_of(connection, model, limit)
 
     def verdict(self, number: int) -> RowMapping | None:
         """One verdict, as `verdicts` gives it."""
@@ -152,24 +105,14 @@ class Store:
     def rates(
         self, since: float, until: float, minutes: int, model: str | None = None, source: str | None = None
     ) -> list[RowMapping]:
-        """Counts in buckets of so many minutes, each with `start` in seconds since 1970; empty ones are left out."""
-        bucket = (RATES.c.minute - RATES.c.minute % minutes).label("bucket")
-        sums = (func.sum(column).label(column.name) for column in (RATES.c.scored, RATES.c.outliers, RATES.c.expected))
-        # Whole numbers: PostgreSQL does not look for others in an index of these.
-        query = select(bucket, *sums).where(RATES.c.minute >= int(since // 60), RATES.c.minute < math.ceil(until / 60))
-        query = _of(query, RATES, model, source).group_by(bucket).order_by(bucket)
+        """Counts in buckets of so many minutes, each named by its first minute since 1970; empty ones are left out."""
         with self.database.reading() as connection:
-            return list(connection.execute(query).mappings())
+            return counting.rates(connection, since, until, minutes, model, source)
 
     def histogram(self, since: float, until: float, model: str | None = None, source: str | None = None) -> list[int]:
         """p-values counted in `BINS` bins from 0 to 1, by the hours that lie in the span at least in part."""
-        hours = HISTOGRAMS.c.hour
-        query = select(HISTOGRAMS.c.bin, func.sum(HISTOGRAMS.c.n))
-        query = query.where(hours >= int(since // 3600), hours < math.ceil(until / 3600))
-        query = _of(query, HISTOGRAMS, model, source).group_by(HISTOGRAMS.c.bin)
         with self.database.reading() as connection:
-            found = {int(row[0]): int(row[1]) for row in connection.execute(query)}
-        return [found.get(k, 0) for k in range(BINS)]
+            return counting.histogram(connection, since, until, model, source)
 
     def forget(
         self, numbers: Iterable[int], pictures_only: bool = False, note: Callable[[Connection, int], None] | None = None
@@ -186,6 +129,8 @@ class Store:
             with self.database.writing() as connection:
                 if not pictures_only:
                     _detach_reviews(connection, part)
+                sizes = select(PICTURES.c.id, PICTURES.c.bytes).where(PICTURES.c.id.in_(part)).with_for_update()
+                _count_pictures(connection, [(row[0], row[1]) for row in connection.execute(sizes)], -1)
                 count = connection.execute(delete(first).where(first.c.id.in_(part))).rowcount
                 for table in () if pictures_only else (PICTURES, FEEDBACK):
                     connection.execute(delete(table).where(table.c.id.in_(part)))
@@ -206,9 +151,8 @@ class Store:
         return self._uncompacted
 
     def tidy(self, kept: Kept, now: float, most: int = _CHUNK) -> int:
-        """Delete of what is older or more than is to be kept at most so many; how many pictures and verdicts that were.
-
-        It is done where that is none.
+        """Delete of what is older or more than is to be kept at most so many; how many pictures, verdicts or counts
+        that were. It is done where that is none.
         """
         if kept.verdict_days is not None:
             gone = self._forget_before(VERDICTS, ids.first_at(now - kept.verdict_days * 86_400), most)
@@ -217,35 +161,11 @@ class Store:
         before = 0 if kept.picture_days is None else ids.first_at(now - kept.picture_days * 86_400)
         if kept.picture_bytes is not None:
             before = max(before, self._oldest_kept(kept.picture_bytes))
-        return self._forget_before(PICTURES, before, most)
-
-    def counts(self) -> Counts:
-        """How much there is; counts all rows, which takes a while where there are millions."""
-        with self.database.reading() as connection:
-
-            def number(of: ColumnElement[Any]) -> int:
-                return int(connection.scalar(select(of)) or 0)
-
-            oldest = connection.scalar(select(func.min(VERDICTS.c.id)))
-            return Counts(
-                verdicts=number(func.count(VERDICTS.c.id)),
-                oldest=None if oldest is None else ids.seconds_of(oldest),
-                pictures=number(func.count(PICTURES.c.id)),
-                picture_bytes=number(func.sum(PICTURES.c.bytes)),
-                feedback=number(func.count(FEEDBACK.c.id)),
-            )
-
-    def backup(self, path: Path) -> None:
-        """A whole copy of an SQLite store while it is in use; raises `ConfigError`."""
-        if not self.database.is_sqlite:
-            raise ConfigError("a PostgreSQL store is backed up by its own tools: pg_dump DATABASE > FILE")
-        if path.exists():
-            raise ConfigError(f"{path} exists already; choose another place")
-        try:
-            private(path)
-            self.database.outside(f"VACUUM INTO {quoted(str(path))}")
-        except (SQLAlchemyError, sqlite3.Error) as error:
-            raise ConfigError(f"the backup {path} cannot be written: {reason_of(error)}") from None
+        gone = self._forget_before(PICTURES, before, most)
+        if gone:
+            return gone
+        with self.database.writing() as connection:
+            return counting.fold(connection, kept, now)
 
     def close(self) -> None:
         """Give all connections back."""
@@ -259,14 +179,24 @@ class Store:
 
     def _oldest_kept(self, most: int) -> int:
         """The smallest id such that pictures from it on take at most so many bytes."""
-        total = 0
+        p, hours = PICTURES.c, PICTURE_BYTES.c
+        total, hour = 0, None
         with self.database.reading() as connection:
-            newest = connection.execute(select(PICTURES.c.id, PICTURES.c.bytes).order_by(PICTURES.c.id.desc()))
-            for number, size in newest:
+            for one, size in connection.execute(select(hours.hour, hours.bytes).order_by(hours.hour.desc())):
+                if total + size > most:
+                    hour = one
+                    break
+                total += size
+            if hour is None:
+                return 0
+            # Pictures are looked at one by one in the hour alone that is kept in part.
+            first, last = ids.first_at(hour * 3600), ids.first_at((hour + 1) * 3600)
+            ours = select(p.id, p.bytes).where(p.id >= first, p.id < last).order_by(p.id.desc())
+            for number, size in connection.execute(ours):
                 total += size
                 if total > most:
                     return int(number) + 1
-        return 0
+        return first
 
 
 def _verdicts() -> Select[Any]:
@@ -275,53 +205,31 @@ def _verdicts() -> Select[Any]:
     return select(VERDICTS, has_picture, *said).outerjoin(FEEDBACK, FEEDBACK.c.id == VERDICTS.c.id)
 
 
-def _of(query: Select[Any], table: Table, model: str | None, source: str | None) -> Select[Any]:
-    chosen = ((model, table.c.model), (source, table.c.source))
-    return query.where(*(column == value for value, column in chosen if value is not None))
-
-
-def _row(record: Record) -> dict[str, Any]:
-    names = (column.name for column in VERDICTS.c if column.name != "parts")
-    return {name: getattr(record, name) for name in names} | {"parts": json.dumps(record.parts, allow_nan=False)}
+def _row(record: Record, kind: int) -> dict[str, Any]:
+    names = (column.name for column in VERDICTS.c if column.name not in ("parts", "kind"))
+    parts = json.dumps(record.parts, allow_nan=False)
+    return {name: getattr(record, name) for name in names} | {"parts": parts, "kind": kind}
 
 
 def _review(record: Record) -> dict[str, Any]:
-    return {"id": record.id, "model": record.model, "version": record.version, "score": record.score}
+    content = None if record.content is None else record.content - (1 << 64) * (record.content >> 63)
+    row = {"id": record.id, "model": record.model, "version": record.version, "score": record.score}
+    return {**row, "content": content}
 
 
-def _rates(records: Sequence[Record]) -> list[dict[str, Any]]:
-    found: dict[tuple[int, str, str, str], dict[str, Any]] = {}
-    for record in records:
-        place = (int(ids.seconds_of(record.id) // 60), record.model, record.version, record.source)
-        keys = dict(zip(("minute", "model", "version", "source"), place, strict=True))
-        counts = found.setdefault(place, {**keys, "scored": 0, "outliers": 0, "expected": 0.0})
-        counts["scored"] += 1
-        counts["outliers"] += record.outlier
-        counts["expected"] += record.expected
-    return [found[place] for place in sorted(found)]
-
-
-def _histograms(records: Sequence[Record]) -> list[dict[str, Any]]:
-    found = Counter((int(ids.seconds_of(r.id) // 3600), r.model, r.version, r.source, _bin(r.p_value)) for r in records)
-    names = ("hour", "model", "version", "source", "bin", "n")
-    return [dict(zip(names, (*place, found[place]), strict=True)) for place in sorted(found)]
+def _count_pictures(connection: Connection, sizes: Iterable[tuple[int, int]], sign: int) -> None:
+    found: dict[int, dict[str, int]] = {}
+    for number, size in sizes:
+        hour = int(ids.seconds_of(number) // 3600)
+        counted = found.setdefault(hour, {"hour": hour, "pictures": 0, "bytes": 0})
+        counted["pictures"] += sign
+        counted["bytes"] += sign * size
+    if found:
+        counts = or_add(connection, PICTURE_BYTES, ("pictures", "bytes"))
+        connection.execute(counts, [found[hour] for hour in sorted(found)])
 
 
 def _detach_reviews(connection: Connection, numbers: list[int]) -> None:
-    said = select(FEEDBACK.c.label).where(FEEDBACK.c.id == REVIEWS.c.id).scalar_subquery()
     ours = REVIEWS.c.id.in_(numbers) & REVIEWS.c.label.is_(None)
-    connection.execute(update(REVIEWS).where(ours).values(label=func.coalesce(said, "forgotten")))
-
-
-def _bin(p_value: float) -> int:
-    """Bins hold their upper ends: p = 0.05 is one of the 5% smallest."""
-    return min(max(math.ceil(p_value * BINS - 1e-9), 1), BINS) - 1
-
-
-def _add(connection: Connection, table: Table, rows: list[dict[str, Any]], counts: tuple[str, ...]) -> None:
-    """Add to counters, which other processes add to as well; in ascending order, so that none waits for another."""
-    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
-    query = dialect.insert(table)
-    keys = [column.name for column in table.primary_key]
-    more = {name: table.c[name] + query.excluded[name] for name in counts}
-    connection.execute(query.on_conflict_do_update(index_elements=keys, set_=more), rows)
+    connection.execute(update(REVIEWS).where(ours).values(label="forgotten"))
+    connection.execute(update(REVIEWS).where(REVIEWS.c.id.in_(numbers)).values(content=None))

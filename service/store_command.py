@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from service.store import Store
+    from service.looking import Look
 
 
 def store_command(
@@ -18,27 +18,38 @@ def store_command(
 ) -> None:
     """Back up the store at `place`, delete what is older than so many days, and say what is then in it."""
     from anomaly_vae import ConfigError
-    from service.store import Kept, Store
+    from service.looking import Look
 
     if "://" not in place and not Path(place).is_file():
         raise ConfigError(f"there is no store {place}; `anomaly-vae serve` says at its start where its store is")
-    store = Store(place)
+    look = Look(place)
     try:
         if backup is not None:
-            store.backup(backup)
+            look.backup(backup)
             typer.echo(f"wrote {backup} ({backup.stat().st_size / 2**20:,.1f} MiB)")
         if forget_before is not None or forget_pictures_before is not None:
-            kept, now, gone = Kept(forget_before, forget_pictures_before, None), time.time(), 0
-            while some := store.tidy(kept, now):
-                gone += some
-            store.compact()
-            typer.echo(f"forgot {gone:,}{'; a reader keeps the traces in the log until it ends' * store.uncompacted}")
-        typer.echo(_summary(store))
+            typer.echo(_forgotten(place, forget_before, forget_pictures_before))
+        typer.echo(_summary(look))
+    finally:
+        look.close()
+
+
+def _forgotten(place: str, days: float | None, picture_days: float | None) -> str:
+    """Older verdicts and pictures go, which brings the store up to date."""
+    from service.store import Kept, Store
+
+    store = Store(place)
+    try:
+        kept, now, gone = Kept(days, picture_days, None, None, None), time.time(), 0
+        while some := store.tidy(kept, now):
+            gone += some
+        store.compact()
+        return f"forgot {gone:,}{'; a reader keeps the traces in the log until it ends' * store.uncompacted}"
     finally:
         store.close()
 
 
-def _summary(store: "Store") -> str:
+def _summary(store: "Look") -> str:
     counts = store.counts()
     since = "none" if counts.oldest is None else time.strftime("%Y-%m-%d %H:%M", time.gmtime(counts.oldest))
     return (

@@ -27,9 +27,14 @@ class Upload:
     data: bytes
 
 
-def read_body(environ: dict[str, Any], limit: int) -> bytes:
-    """Read a whole request body of at most `limit` bytes; what the client declares is never trusted."""
-    message = f"the request is larger than {limit} bytes; send fewer or smaller images, or raise max_request_bytes"
+def read_body(environ: dict[str, Any], limit: int, message: str | None = None) -> bytes:
+    """Read a whole request body of at most `limit` bytes; what the client declares is never trusted.
+
+    `message`: what one that sends more is told.
+    """
+    message = message or (
+        f"the request is larger than {limit} bytes; send fewer or smaller images, or raise max_request_bytes"
+    )
     return b"".join(_bounded(environ, limit, message))
 
 

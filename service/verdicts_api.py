@@ -1,25 +1,24 @@
 """What was scored: verdicts with their pictures and heat maps, rates, feedback and reviews."""
 
-import csv
-import io
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from http import HTTPStatus
-from itertools import chain
 from typing import Any
 
 from flask import Response
 from sqlalchemy import Connection, RowMapping
 
-from anomaly_vae.answers import Forgotten, Rates, ReviewPage, Verdict, VerdictPage
+from anomaly_vae.answers import Forgotten, Rates, ReviewPage, Verdict, VerdictPage, VerdictRegions
 from service import ids
-from service.asked import FeedbackWanted, ForgetWanted, RatesWanted, ReviewWanted, VerdictsWanted
+from service.asked import FeedbackWanted, ForgetWanted, HeatmapWanted, RatesWanted, ReviewWanted, VerdictsWanted
 from service.auditing import note
 from service.bodies import answer, body_of, moment, query_of, who
 from service.codes import FOR_THE_QUEUE
+from service.drawing import Style
 from service.errors import Problem
+from service.exporting import Exports
 from service.keys import Role
 from service.reviewing import Contradiction, Reviews, UnknownVerdict
 from service.routes import Route
@@ -33,12 +32,21 @@ _Z = 1.959964
 
 
 class VerdictPages:
-    """Routes on what the store holds; `heatmap` draws that of a verdict's row and kept picture, or raises `Problem`."""
+    """Routes on what the store holds; `heatmap` draws that of a verdict's row and kept picture, or raises `Problem`.
+
+    `regions` tells what is hot in it.
+    """
 
     def __init__(
-        self, store: Store, heatmap: Callable[[RowMapping, bytes], bytes], flush: Callable[[float], bool]
+        self,
+        store: Store,
+        heatmap: Callable[[RowMapping, bytes, Style], bytes],
+        flush: Callable[[float], bool],
+        regions: Callable[[RowMapping, bytes], dict[str, Any]],
+        most_exports: int = 2,
     ) -> None:
-        self._store, self._heatmap, self._flush = store, heatmap, flush
+        self._exports = Exports(store, shown, most_exports)
+        self._store, self._heatmap, self._flush, self._regions = store, heatmap, flush, regions
         self._reviews = Reviews(store.database)
 
     def routes(self) -> list[Route]:
@@ -49,7 +57,7 @@ class VerdictPages:
         found, seen = ("unknown_verdict", "store_down"), ("unknown_verdict", "no_picture", "store_down")
         return [
             Route("GET", "/v1/verdicts", read, self.verdicts, "Verdicts, the newest first", VerdictPage,
-                  VerdictsWanted, more=lines, codes=("store_down",)),
+                  VerdictsWanted, more=lines, codes=("store_down", "too_many_exports")),
             Route("DELETE", "/v1/verdicts", admin, self.forget_many, "Forget verdicts", Forgotten, ForgetWanted,
                   codes=("store_down",)),
             Route("GET", one, read, self.verdict, "One verdict", Verdict, codes=found),
@@ -57,8 +65,10 @@ class VerdictPages:
                   codes=found),
             Route("GET", picture, read, self.image, "What the model saw of its picture", png, codes=seen),
             Route("DELETE", picture, admin, self.forget_image, "Forget its picture alone", Forgotten, codes=seen),
-            Route("GET", "/v1/verdicts/<verdict>/heatmap", read, self.heat, "Its heat map", png,
+            Route("GET", "/v1/verdicts/<verdict>/heatmap", read, self.heat, "Its heat map", png, HeatmapWanted,
                   codes=(*seen, "version_gone", *FOR_THE_QUEUE)),
+            Route("GET", "/v1/verdicts/<verdict>/regions", read, self.hot, "Boxes around what is hot in it",
+                  VerdictRegions, codes=(*seen, "version_gone", *FOR_THE_QUEUE)),
             Route("GET", "/v1/rates", read, self.rates, "Outlier rates over time", Rates, RatesWanted,
                   codes=("store_down",)),
             Route("POST", "/v1/feedback", read, self.feedback, "Say what a picture was", Verdict, body=FeedbackWanted,
@@ -70,7 +80,8 @@ class VerdictPages:
     def verdicts(self) -> Response:
         asked = query_of(VerdictsWanted)
         if asked.format != "json":
-            return _exported(self._store, asked)
+            before = _number(asked.cursor) if asked.cursor else None
+            return self._exports.answer(_wanted(asked), before, asked.limit, asked.format)
         limit = min(asked.limit or _SHOWN, _PAGE)
         rows = self._store.verdicts(_wanted(asked), _number(asked.cursor) if asked.cursor else None, limit + 1)
         more = ids.shown(rows[limit - 1]["id"]) if len(rows) > limit else None
@@ -124,7 +135,11 @@ class VerdictPages:
             raise Problem(HTTPStatus.SERVICE_UNAVAILABLE, "store_down", message, retry_after=5.0)
 
     def heat(self, verdict: str) -> Response:
-        return Response(self._heatmap(*_picture(self._store, verdict)), mimetype="image/png")
+        style = query_of(HeatmapWanted).style
+        return Response(self._heatmap(*_picture(self._store, verdict), style), mimetype="image/png")
+
+    def hot(self, verdict: str) -> Response:
+        return answer(self._regions(*_picture(self._store, verdict)))
 
     def rates(self) -> Response:
         asked = query_of(RatesWanted)
@@ -206,49 +221,6 @@ def _to_review(row: RowMapping) -> dict[str, Any]:
         "filename": row["filename"],
         "has_picture": bool(row["has_picture"]),
     }
-
-
-def _exported(store: Store, asked: VerdictsWanted) -> Response:
-    """All pages at once, written as they are read."""
-    wanted, cursor = _wanted(asked), _number(asked.cursor) if asked.cursor else None
-    left = asked.limit or 10**9
-
-    def rows(before: int | None, left: int) -> Iterator[dict[str, Any]]:
-        while left > 0 and (page := store.verdicts(wanted, before, min(_PAGE, left))):
-            yield from (shown(row) for row in page)
-            before, left = page[-1]["id"], left - len(page)
-
-    found = rows(cursor, left)
-    # The first row is read before the answer begins: a store that is down is an error, not an answer that breaks off.
-    first = next(found, None)
-    found = chain([] if first is None else [first], found)
-    if asked.format == "ndjson":
-        return Response((json.dumps(row) + "\n" for row in found), mimetype="application/x-ndjson")
-    return Response(_as_csv(found), mimetype="text/csv")
-
-
-_COLUMNS = ("id", "at", "request_id", "filename", "model", "version", "source", "score", "p_value", "outlier",
-            "alpha", "policy_revision", "feedback")  # fmt: skip
-
-
-def _as_csv(rows: Iterator[dict[str, Any]]) -> Iterator[str]:
-    """Lines without the parts, which differ from model to model."""
-    text = io.StringIO()
-    lines = csv.writer(text)
-    lines.writerow(_COLUMNS)
-    for row in rows:
-        row["feedback"] = row["feedback"]["label"] if row["feedback"] else ""
-        row |= {name: _harmless(row[name] or "") for name in ("filename", "request_id")}
-        lines.writerow([row[name] for name in _COLUMNS])
-        yield text.getvalue()
-        text.seek(0)
-        text.truncate()
-    yield text.getvalue()
-
-
-def _harmless(name: str) -> str:
-    """A file name that no spreadsheet takes for a formula."""
-    return f"'{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name
 
 
 def _wanted(asked: VerdictsWanted | ForgetWanted) -> Wanted:

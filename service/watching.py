@@ -8,7 +8,7 @@ from anomaly_vae.drift import tolerated_rate
 from service.alarm_gauges import AlarmGauges
 from service.alarms import Alarms, Watch
 from service.database import Database
-from service.models import Served
+from service.served import Served
 
 
 class Watching:

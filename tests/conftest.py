@@ -21,6 +21,9 @@ torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent
 
+LONGEST = ("presets", "openapi", "quality", "service_models", "latents_shown", "estimator", "objectives", "experts")
+"""Files of many seconds. Each worker takes a file at a time, and must not be left with one of these at the end."""
+
 TINY = DetectorSpec.parse(
     {
         "preset": "tiny",
@@ -29,6 +32,12 @@ TINY = DetectorSpec.parse(
         "training": {"steps": 400, "batch_size": 32},
     }
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, the others as they are."""
+    first = {f"test_{name}": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: first.get(item.path.stem, len(first)))
 
 
 def write_digits(folder: Path, normal: str = "0123", count: int | None = None) -> Path:

@@ -54,6 +54,11 @@ class Postgres:
             self._server.send_signal(signal.SIGQUIT)
             self._server.wait(60)
 
+    def start_again(self) -> None:
+        """Start it if it does not run."""
+        if self._server.poll() is not None:
+            self.start()
+
     def url(self) -> str:
         """A new empty database."""
         self._count += 1

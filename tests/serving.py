@@ -3,15 +3,15 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from forked import Process, begun
 
 START_SECONDS = 120
 
@@ -20,7 +20,8 @@ START_SECONDS = 120
 class Server:
     """A running `serve` command: where it answers and what it printed."""
 
-    process: subprocess.Popen[str]
+    process: Process
+    stdout: IO[str]
     lines: list[str] = field(default_factory=list)
     ready: threading.Event = field(default_factory=threading.Event)
     ended: threading.Event = field(default_factory=threading.Event)
@@ -49,8 +50,7 @@ class Server:
         return line.split()[1]
 
     def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
+        for line in self.stdout:
             self.lines.append(line)
             if line.strip().startswith("stop "):
                 self.ready.set()
@@ -58,22 +58,21 @@ class Server:
         self.ready.set()
 
 
-def started(bundle: Path, *options: str) -> Server:
-    """Start `serve BUNDLE` on free ports without waiting for it."""
-    command = [sys.executable, "-m", "anomaly_vae", "serve", str(bundle), "--port", "0", "--device", "cpu", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
-    )
-    server = Server(process)
+def started(bundle: Path, *options: str, anew: bool = False) -> Server:
+    """Start `serve BUNDLE` on free ports without waiting for it; `anew` as for `begun`."""
+    words = ["serve", bundle, "--port", "0", "--device", "cpu", *options]
+    reading, writing = os.pipe()
+    process = begun(words, writing, writing, own_session=True, anew=anew)
+    os.close(writing)
+    server = Server(process, os.fdopen(reading))
     threading.Thread(target=server._read, daemon=True).start()
     return server
 
 
 @contextmanager
-def running(bundle: Path, *settings: str) -> Iterator[Server]:
+def running(bundle: Path, *settings: str, anew: bool = False) -> Iterator[Server]:
     """A service that is ready; `settings` are key=value. It ends by Ctrl-C, which must be in good order."""
-    server = started(bundle, *(part for setting in settings for part in ("-o", setting)))
+    server = started(bundle, *(part for setting in settings for part in ("-o", setting)), anew=anew)
     try:
         assert server.ready.wait(START_SECONDS)
         assert server.process.poll() is None, server.output

@@ -1,14 +1,13 @@
 """Laws of few labels: what is drawn, that nothing labelled is tested, and the three classifiers themselves."""
 
 import json
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, write_digits
+from forked import command
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from torch import nn
@@ -251,8 +250,7 @@ def test_a_conditional_model_is_refused(engine, digits_folder):
 
 def test_the_command(tiny_bundle, digits_folder):
     def run(*words):
-        command = [sys.executable, "-m", "anomaly_vae", "classify", tiny_bundle, "--data", digits_folder, *words]
-        return subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        return command("classify", tiny_bundle, "--data", digits_folder, *words)
 
     done = run("--labels", "7,20", "--seeds", "2", "--steps", "3", "--json")
     assert done.returncode == 0, done.stderr

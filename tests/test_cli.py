@@ -1,17 +1,16 @@
 """The commands as a user runs them: processes, exit codes, one-line errors, JSON that parses."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from bad_bytes import bad_bytes
+from forked import command
 from PIL import Image
 
 
 def run(*arguments, code=0):
-    done = subprocess.run([sys.executable, "-m", "anomaly_vae", *map(str, arguments)], capture_output=True, text=True)
+    done = command(*arguments)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     return done

@@ -1,7 +1,10 @@
 """Scores by a native call are those that Python gives; where a recording would give others, Python goes on."""
 
 import json
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -175,3 +178,44 @@ def test_a_recording_plays_in_any_thread(tiny_detector, digits):
     for thread in threads:
         thread.join()
     assert found == [expected] * 4
+
+
+def test_a_recording_goes_with_its_weights() -> None:
+    """In a process of its own, whose memory nobody else uses."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("this system does not tell a process its memory")
+    program = """
+import re
+from pathlib import Path
+import torch
+from torch import nn
+from anomaly_vae import compiled
+from service.memory import release
+
+class Large(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.reference = nn.Parameter(torch.rand(1500, 1500)), torch.rand(1500, 1500)
+
+    def forward(self, images):
+        return images.float() @ self.weight @ self.reference
+
+def memory():
+    release()
+    return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) >> 10
+
+pictures = torch.zeros((20, 1500), dtype=torch.uint8)
+for round in range(6):
+    with torch.inference_mode():
+        traced = torch.jit.trace(Large().eval(), (pictures,), check_trace=False)
+        playing = compiled._freed(torch.jit.freeze(traced, optimize_numerics=False), traced)
+        playing(pictures)
+        playing(pictures)
+    del playing, traced
+    if round == 1:
+        before = memory()
+print(memory() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    # Four of them, of 17 MiB each.
+    assert int(done.stdout) < 20

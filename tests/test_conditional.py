@@ -1,12 +1,10 @@
 """Conditional detectors: the class is given, or all are tried; verdicts are calibrated for the one that is used."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 from conftest import write_digits
+from forked import command
 
 from anomaly_vae import ConfigError, Detector
 from anomaly_vae.data import open_pictures
@@ -106,9 +104,8 @@ def test_batches_do_not_matter(bundle, normals):
 
 def test_the_command_line_passes_the_class_on(bundle, folder):
     picture = sorted((folder / "2").iterdir())[0]
-    command = [sys.executable, "-m", "anomaly_vae", "score", str(bundle), str(picture), "--device", "cpu"]
-    plain = subprocess.run(command, capture_output=True, text=True)
-    told = subprocess.run([*command, "--class", "2"], capture_output=True, text=True)
+    words = ("score", bundle, picture, "--device", "cpu")
+    plain, told = command(*words), command(*words, "--class", "2")
     wanted, refused = (told, plain) if bundle.name == "given" else (plain, told)
     assert wanted.returncode == 0, wanted.stderr
     assert refused.returncode == 2

@@ -97,3 +97,20 @@ def test_folds_and_tiles(digits_folder, tiny_spec, tmp_path, overrides):
     else:
         codes = codes_of(detector.members[0], Batch(images))
         assert len(found[0]["latents"]) == min(5, codes.shape[1])
+
+
+def test_a_normals_id_is_stable_and_tells_no_name():
+    rng = np.random.default_rng(0)
+    codes = rng.normal(size=(50, 4)).astype(np.float32)
+    names = tuple(f"{i:04}.png" for i in range(50))
+    ids = [Normals(np.zeros((50, 1), np.float32), codes, names)._id_of(i) for i in range(50)]
+    assert len(set(ids)) == 50
+    again = Normals.unpacked(Normals(np.zeros((50, 1), np.float32), codes, names).packed())
+    assert again.explanation({"kl": 0.0}, codes[7])["nearest_normal"] == {
+        "id": ids[7],
+        "name": "0007.png",
+        "distance": 0.0,
+    }
+    # Of other codes the same names have other ids, so that guessing names proves nothing.
+    other = Normals(np.zeros((50, 1), np.float32), codes + 1, names)
+    assert not {other._id_of(i) for i in range(50)} & set(ids)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from forked import command
 from PIL import Image
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -45,8 +46,7 @@ def write_faces(folder: Path, people: int) -> Path:
 
 
 def run(*options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "benchmarks" / "faces.py"), *options, "--device", "cpu"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280)
+    return command(*options, "--device", "cpu", script=ROOT / "benchmarks" / "faces.py")
 
 
 @pytest.fixture(scope="module")

@@ -210,9 +210,7 @@ def test_cores_are_divided_by_what_a_picture_takes() -> None:
                 shares.settle(judging(seconds))
             found.append(shares.batches)
         assert found == [1, 2, 4, 4]
-        shares.take(alone=True)
-        assert torch.get_num_threads() == 16
-        shares.take(alone=False)
+        shares.take()
         assert torch.get_num_threads() == 3
         for given, device in ((3, cpu), (None, torch.device("cuda"))):
             shares = Shares(2, given, device)

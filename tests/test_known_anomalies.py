@@ -1,9 +1,6 @@
 """Known anomalies: read apart from all else, shown to training alone, and reported beside kinds nobody showed."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from shutil import copy
@@ -12,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, write_digits
+from forked import command
 from PIL import Image
 from torch import nn
 
@@ -333,17 +331,7 @@ def test_beyond_its_margin_an_anomaly_costs_nothing():
 
 
 def test_the_command_line_tells_of_them(exposed, folder):
-    words = [
-        sys.executable,
-        "-m",
-        "anomaly_vae",
-        "evaluate",
-        str(exposed.path),
-        "--data",
-        str(folder),
-        "--device",
-        "cpu",
-    ]
-    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+    done = command("evaluate", exposed.path, "--data", folder, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
     assert "of kinds not shown in training" in done.stdout
     assert "unseen" in done.stdout

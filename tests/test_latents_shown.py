@@ -2,16 +2,15 @@
 
 import json
 import subprocess
-import sys
 
 from conftest import ROOT
+from forked import command
 from PIL import Image
 from test_faces_exercise import write_faces
 
 
 def run(*options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "benchmarks" / "latents.py"), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280)
+    return command(*options, script=ROOT / "benchmarks" / "latents.py")
 
 
 def test_a_difference_of_codes_makes_drawn_faces_smile(tmp_path):

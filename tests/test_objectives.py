@@ -109,8 +109,8 @@ def test_a_loss_that_is_no_likelihood_still_reports_nats(digits):
 
 def test_the_sparse_rate_reaches_its_target(digits):
     latent = {"kind": "sparse", "penalty": "rate", "rate": 0.1, "size": 40, "weight": 100.0}
-    model, _ = fit(digits[0], MLP | {"latent": latent}, steps=600)
-    free, _ = fit(digits[0], MLP | {"latent": latent | {"weight": 0.0}}, steps=600)
+    model, _ = fit(digits[0], MLP | {"latent": latent}, steps=300)
+    free, _ = fit(digits[0], MLP | {"latent": latent | {"weight": 0.0}}, steps=300)
     rate, rate_free = (one.encode(digits[0]).mu.mean().item() for one in (model, free))
     assert rate == pytest.approx(0.1, abs=0.03)
     assert rate_free > 0.3
@@ -120,7 +120,7 @@ def test_l1_empties_the_code(digits):
     latent = {"kind": "sparse", "size": 40, "weight": 3.0}
     sizes = []
     for weight in (0.0, 3.0):
-        model, _ = fit(digits[0], MLP | {"latent": latent | {"weight": weight}}, steps=600)
+        model, _ = fit(digits[0], MLP | {"latent": latent | {"weight": weight}}, steps=300)
         sizes.append(model.encode(digits[0]).mu.abs())
     small = [(size < 0.05 * sizes[0].mean()).float().mean().item() for size in sizes]
     assert small[1] > 0.5 > small[0]
@@ -155,7 +155,7 @@ def test_free_bits_keep_latents_active(digits):
 def test_the_adversarial_code_takes_the_shape_of_its_prior(digits):
     def shape(weight):
         latent = {"kind": "adversarial", "size": 4, "weight": weight}
-        model, _ = fit(digits[0], MLP | {"latent": latent}, steps=800, betas=[0.5, 0.999])
+        model, _ = fit(digits[0], MLP | {"latent": latent}, steps=400, betas=[0.5, 0.999])
         code = model.encode(digits[0][:300]).mu
         return (code.mean(0).abs().max() + (code.std(0) - 1).abs().max()).item()
 
@@ -209,7 +209,7 @@ def test_critics_leave_scores_determined(digits):
         "critic": {"network": {"kind": "conv", "width": 8, "norm": "group"}, "features": 0},
     }
     images = torch.nn.functional.interpolate(digits[0], size=(16, 16))
-    runs = [fit(images, model, {"loss": {"kind": "mse"}, "adversary": {}}, steps=60)[0] for _ in range(2)]
+    runs = [fit(images, model, {"loss": {"kind": "mse"}, "adversary": {}}, steps=20)[0] for _ in range(2)]
     first, second = (one.features(images[:4]) for one in runs)
     assert torch.equal(first, second)
     assert error(runs[0], images[:4]) == error(runs[1], images[:4])
@@ -235,7 +235,7 @@ def test_a_conditional_model_draws_the_class_it_is_told(digits):
         "latent": {"kind": "gaussian", "size": 3, "beta": 3.0},
         "condition": {"size": 4, "classes": [str(i) for i in range(10)]},
     }
-    fitted, _ = fit(images, model, labels=labels, steps=1500)
+    fitted, _ = fit(images, model, labels=labels, steps=1000)
     means = torch.stack([images[labels == i].mean(0) for i in range(10)])
     label = torch.arange(10)
     with torch.inference_mode():
@@ -264,7 +264,7 @@ def test_resampling_helps_the_rare(digits):
     model = MLP | {"latent": {"kind": "gaussian", "size": 4}}
     errors = []
     for rarity in (None, {"bins": 10, "smoothing": 0.01}):
-        fitted, _ = fit(mixed, model, steps=900, rarity=rarity)
+        fitted, _ = fit(mixed, model, steps=450, rarity=rarity)
         errors.append(error(fitted, rare[:10]))
     assert errors[1] < 0.9 * errors[0]
 

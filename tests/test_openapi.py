@@ -21,6 +21,7 @@ from serving import Server, running
 
 from anomaly_vae import answers
 from anomaly_vae.images import BAD_IMAGE_CODES
+from service.asked import ScanWanted
 from service.codes import CODES
 
 ROOT = Path(__file__).parent.parent
@@ -81,6 +82,7 @@ def test_every_answer_is_as_the_document_says(server, document, digits_folder):
     ask = Checked(server, document)
     pictures = [path.read_bytes() for path in sorted((digits_folder / "8").iterdir())[:12]]
     files = [("file", (f"{i}.png", data)) for i, data in enumerate([*pictures, b"text"])]
+    ask("POST", "/v1/score?heatmap=overlay&reconstruction=true&explain=true", 200, files=files)
     results = ask("POST", "/v1/score?heatmap=png", 200, files=files).json()["results"]
     assert any(result.get("regions") for result in results)
     odd = next(result["id"] for result in results if result.get("outlier"))
@@ -99,18 +101,35 @@ def test_every_answer_is_as_the_document_says(server, document, digits_folder):
     ask("GET", "/v1/rates?since=0001-01-01T00:00:00Z&until=9999-12-31T23:59:59-12:00", 400)
     ask("GET", "/v1/rates?since=2026-01-01&until=2026-02-01T00:00:00-12:00", 200)
     one = f"/v1/verdicts/{odd}"
-    for path in (one, f"{one}/image", f"{one}/heatmap"):
+    for path in (one, f"{one}/image", f"{one}/heatmap", f"{one}/regions", "/v1/models/tiny/calibration"):
         ask("GET", path, 200)
+    own = {"headers": {"X-Asked-By": "page"}}
+    page = httpx.get(server.url, headers={"Accept": "text/html"}).text
+    ask("GET", "/" + re.search(r"static/[0-9a-f]+/page.js", page)[0], 200)
+    ask("GET", "/v1/session", 200)
+    ask("POST", "/v1/session", 200, json={"key": "any"}, **own)
+    ask("DELETE", "/v1/session", 200, **own)
+    ask("DELETE", "/v1/session", 403)
     ask("POST", "/v1/feedback", 200, json={"verdict": odd, "label": "confirmed"})
     ask("GET", one, 200)
     ask("POST", "/v1/feedback", 409, json={"verdict": odd, "label": "missed"})
 
     loaded = ask("POST", "/v1/models/second:load", 200, json={"bundle": "other", "activate": True}).json()
     ask("POST", "/v1/models/second:activate", 200, json={"version": loaded["version"]})
+    ask("POST", "/v1/models/second:retire", 200, json={})
     ask("POST", "/v1/models/tiny:rollback", 409)
     ask("PUT", "/v1/models/tiny/policy", 200, json={"alpha": 0.1})
     ask("POST", "/v1/models/tiny/policy:preview", 200, json={"threshold": 1.0, "last": 20.0})
     ask("POST", "/v1/models/tiny/policy:rollback", 200)
+    told = ScanWanted.model_config["json_schema_extra"]["examples"][0]
+    scan = ask("POST", "/v1/scans", 200, json=told).json()["id"]
+    page = {"content": b"<p>a report", "headers": {"Content-Type": "text/html"}}
+    ask("GET", f"/v1/scans/{scan}/report", 404)
+    ask("PUT", f"/v1/scans/{scan}/report", 200, **page)
+    for path in ("/v1/scans", f"/v1/scans/{scan}", f"/v1/scans/{scan}/report"):
+        ask("GET", path, 200)
+    ask("DELETE", f"/v1/scans/{scan}", 200)
+    ask("DELETE", f"/v1/scans/{scan}", 404)
     refuse(ask, one)
     ask("DELETE", f"{one}/image", 200)
     ask("GET", f"{one}/image", 404)
@@ -135,6 +154,8 @@ def refuse(ask: Checked, one: str) -> None:
     ask("POST", "/v1/models/a:load", 404, json={"bundle": "nobody"})
     ask("POST", "/v1/models/a:activate", 409, json={"version": "1"})
     ask("POST", "/v1/models/tiny:recalibrate", 409, json={"minimum": 1000})
+    ask("POST", "/v1/models/tiny:retire", 409, json={})
+    ask("POST", "/v1/models/tiny:retire", 400, json={"version": ""})
     for wrong in ({"alpha": "0.1"}, {"alpha": 5e-324}, {"alpha": 0.1, "threshold": 1}, {"beta": 1}):
         ask("PUT", "/v1/models/tiny/policy", 400, json=wrong)
     ask("PUT", "/v1/models/tiny/policy", 200, json={"alpha": 1 - 1e-15})
@@ -222,7 +243,9 @@ def test_random_requests_find_no_answer_that_is_not_documented(server, digits_fo
         pytest.skip("schemathesis is not installed; pip install schemathesis, or put it on the PATH")
     picture = sorted((digits_folder / "8").iterdir())[0].read_bytes()
     replies = [httpx.post(f"{server.url}/v1/score", content=picture).json() for _ in range(3)]
-    environment = {**os.environ, "MODEL": "tiny", "VERDICT": replies[0]["results"][0]["id"]}
+    told = ScanWanted.model_config["json_schema_extra"]["examples"][0]
+    scan = httpx.post(f"{server.url}/v1/scans", json=told).json()["id"]
+    environment = {**os.environ, "MODEL": "tiny", "VERDICT": replies[0]["results"][0]["id"], "SCAN": scan}
     environment.pop("PYTHONPATH", None)
     command = [program, "--config-file", str(ROOT / "tests" / "schemathesis.toml"), "run",
                f"{server.url}/openapi.json", "--checks", "all", "--suppress-health-check", "all", "--no-color",

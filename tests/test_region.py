@@ -1,13 +1,12 @@
 """A region: outside of it nothing counts, in no place where pictures are read, and no file is needed after training."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from forked import command
 from PIL import Image
 from serving import posted, running
 from wide import write_wide
@@ -196,10 +195,9 @@ def test_info_scan_and_service_agree_with_tiles_and_region_together(tmp_path):
     files = sorted((folder / "dot").iterdir())
     scores = [Engine(detector, "cpu").judge(detector.prepare(file.read_bytes())[None]).score[0] for file in files]
     out = tmp_path / "out.jsonl"
-    command = [sys.executable, "-m", "anomaly_vae", "scan", str(bundle), str(folder / "dot"), "--out", str(out)]
-    subprocess.run(command, check=True, capture_output=True)
+    command("scan", bundle, folder / "dot", "--out", out).check_returncode()
     assert [json.loads(line)["score"] for line in out.read_text().splitlines()] == scores
-    done = subprocess.run([*command[:3], "info", str(bundle)], check=True, capture_output=True, text=True)
+    done = command("info", bundle)
     assert "8 of 32 px a picture, overlapping by 25%" in done.stdout
     assert "50.0% of the picture counts" in done.stdout
     with running(bundle) as server:

@@ -1,12 +1,11 @@
 """Regions: boxes contain what is hot, in the picture's own pixels however it was fitted, the same from every door."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import command
 from PIL import Image
 from serving import posted, running
 
@@ -113,18 +112,7 @@ def test_a_pasted_block_is_found_and_boxed(tiny_detector, odd_one):
 def test_every_door_tells_the_same(tiny_bundle, odd_one, tmp_path):
     (row,) = score_files(Engine(Detector.load(tiny_bundle), "cpu"), [odd_one], tmp_path / "heat")
     assert row["regions"]
-    command = [
-        sys.executable,
-        "-m",
-        "anomaly_vae",
-        "score",
-        tiny_bundle,
-        odd_one,
-        "--heatmap",
-        tmp_path / "h",
-        "--json",
-    ]
-    done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
+    done = command("score", tiny_bundle, odd_one, "--heatmap", tmp_path / "h", "--json")
     assert json.loads(done.stdout)["results"][0]["regions"] == row["regions"]
     assert "regions" not in score_files(Engine(Detector.load(tiny_bundle), "cpu"), [odd_one])[0]
     answers = {}

@@ -6,13 +6,13 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import TINY, write_digits
+from forked import command
 from PIL import Image
 
 from anomaly_vae import Detector, Engine, report_charts
@@ -290,24 +290,20 @@ def test_normal_pictures_alone_make_a_page_without_curves(tiny_bundle, tmp_path)
 
 
 def test_the_commands_write_pages(tiny_bundle, digits_folder, tmp_path):
-    def run(*arguments):
-        command = [sys.executable, "-m", "anomaly_vae", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True)
-
     few = write_digits(tmp_path / "few", count=120)
     spec = tmp_path / "tiny.yaml"
     spec.write_text(json.dumps(TINY.with_overrides(["training.steps=20"]).model_dump(mode="json")))
-    done = run("train", spec, "--data", few, "--out", tmp_path / "bundle", "--report", "--json")
+    done = command("train", spec, "--data", few, "--out", tmp_path / "bundle", "--report", "--json")
     assert done.returncode == 0, done.stderr
     assert Detector.load(tmp_path / "bundle").version == json.loads(done.stdout)["version"]
     assert "Training of bundle" in (tmp_path / "bundle" / "report.html").read_text()
 
-    done = run("evaluate", tiny_bundle, "--data", digits_folder, "--report", tmp_path / "page.html", "--json")
+    done = command("evaluate", tiny_bundle, "--data", digits_folder, "--report", tmp_path / "page.html", "--json")
     assert done.returncode == 0, done.stderr
     told = {one["id"]: one["value"] for one in Page((tmp_path / "page.html").read_text()).all("data")}
     assert json.loads(told["fact-auroc"]) == json.loads(done.stdout)["auroc"]
 
-    done = run("evaluate", tiny_bundle, "--data", digits_folder, "--report", tmp_path / "page.csv")
+    done = command("evaluate", tiny_bundle, "--data", digits_folder, "--report", tmp_path / "page.csv")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert "ends in .html" in done.stderr
 

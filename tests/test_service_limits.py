@@ -63,6 +63,9 @@ def test_the_metrics_count_exactly_and_start_at_zero(tiny_bundle: Path) -> None:
     assert total(found, "anomaly_http_requests_total", route="/v1/score", method="POST", code="200") == 8
     assert total(found, "anomaly_http_requests_total", route="/v1/score", method="POST", code="422") == 1
     assert total(found, "anomaly_http_requests_total", route="unmatched", code="404") == 3
+    failures = {dict(by)["code"]: value for (name, by), value in found.items()
+                if name == "anomaly_http_requests_total" and ("route", "/v1/score") in by}  # fmt: skip
+    assert failures == {"200": 8, "422": 1, "429": 0, "500": 0, "503": 0, "504": 0}, "failures start at 0"
     assert total(found, "anomaly_http_request_duration_seconds_count", route="/v1/score") == 9
     assert total(found, "anomaly_rejected_total", reason="bad_image") == 2
     assert total(found, "anomaly_rejected_total") == 2
@@ -96,7 +99,8 @@ def test_a_full_queue_is_429_with_retry_after_and_a_late_verdict_504(tiny_bundle
 
 
 def test_sigterm_makes_unready_finishes_the_queued_refuses_the_rest_and_ends_with_0(tiny_bundle: Path) -> None:
-    with running(tiny_bundle, "extra_delay_ms=5000", "max_batch=64") as server, ThreadPoolExecutor(8) as pool:
+    settings = "extra_delay_ms=5000", "max_batch=64"
+    with running(tiny_bundle, *settings, anew=True) as server, ThreadPoolExecutor(8) as pool:
         url = httpx.URL(server.url)
         replies = [pool.submit(httpx.post, server.url + "/v1/score", content=PICTURE, timeout=60) for _ in range(8)]
         # A request whose body has yet to come keeps the process alive for a look at it.
@@ -134,7 +138,7 @@ def test_a_stop_under_load_loses_no_accepted_request(tiny_bundle: Path) -> None:
             with counting:
                 outcomes[outcome] += 1
 
-    with running(tiny_bundle) as server, ThreadPoolExecutor(12) as pool:
+    with running(tiny_bundle, anew=True) as server, ThreadPoolExecutor(12) as pool:
         for _ in range(12):
             pool.submit(client, server.url + "/v1/score")
         wait_until(lambda: outcomes["200"] > 50)
@@ -146,7 +150,8 @@ def test_a_stop_under_load_loses_no_accepted_request(tiny_bundle: Path) -> None:
 
 
 def test_a_killed_worker_is_replaced_and_one_whose_command_is_killed_ends(tiny_bundle: Path) -> None:
-    with running(tiny_bundle) as server:
+    with running(tiny_bundle, anew=True) as server:
+        assert server.lines[0].startswith(f"starting: loading {tiny_bundle} and warming it up")
         (worker,) = children(server.process.pid)
         server.ready.clear()
         os.kill(worker, signal.SIGKILL)
@@ -158,14 +163,15 @@ def test_a_killed_worker_is_replaced_and_one_whose_command_is_killed_ends(tiny_b
         server.process.wait(60)
         assert server.ended.wait(60)  # the pipe ends when the last process that holds it is gone
         assert "stopped: 1 pictures scored" in server.output
+        assert server.output.count("starting: ") == 1
 
 
 def test_what_cannot_start_says_so_in_one_line(tiny_bundle: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = str(other.getsockname()[1])
         attempts = {
-            "missing": started(tmp_path / "missing"),
-            taken: started(tiny_bundle, "--port", taken),
+            "missing": started(tmp_path / "missing", anew=True),
+            taken: started(tiny_bundle, "--port", taken, anew=True),
         }
         for said, attempt in attempts.items():
             assert attempt.process.wait(60) == 2

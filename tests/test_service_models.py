@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from serving import running
 from test_service_store import altered, form, kept, until
 
@@ -62,6 +64,16 @@ def serve(folder: Path, tmp_path: Path):
 
 def version_now(client: httpx.Client, name: str = "parts") -> str:
     return answers.Model.model_validate(client.get(f"/v1/models/{name}").json()).version
+
+
+def calibrations(client: httpx.Client, name: str = "parts") -> dict[str, tuple[float, float]]:
+    """By version: how many normals rank verdicts, and since when (seconds since 1970), as the metrics tell."""
+    families = {family.name: family.samples for family in text_string_to_metric_families(client.get("/metrics").text)}
+    normals, at = (
+        {sample.labels["version"]: sample.value for sample in families[metric] if sample.labels["model"] == name}
+        for metric in ("anomaly_calibration_normals", "anomaly_calibration_timestamp_seconds")
+    )
+    return {version: (normals[version], at[version]) for version in normals}
 
 
 def refused(reply: httpx.Response) -> tuple[int, str]:
@@ -336,6 +348,10 @@ def test_recalibration_takes_reviewed_normals_alone_and_can_be_undone(serve, ver
     assert done.after.flagged_normals <= 0.05
     now = client.get("/v1/models/parts").json()
     assert (now["version"], now["base_version"], now["n"]) == (done.after.version, versions["parts"], usable)
+    told = calibrations(client)
+    assert told.keys() == {done.after.version}, "what ranks no more is not told of"
+    assert told[done.after.version][0] == usable
+    assert time.time() - 600 < told[done.after.version][1] < time.time()
     # Ranks are those among the reviewed normals.
     scores = sorted(rows[one["id"]]["score"] for one in drawn[:200] if label(one) in ("normal", "false_alarm"))
     result = client.post("/v1/score", content=odd[0]).json()["results"][0]
@@ -349,6 +365,7 @@ def test_recalibration_takes_reviewed_normals_alone_and_can_be_undone(serve, ver
     )
     assert (undone.before.version, undone.after.version) == (done.after.version, versions["parts"])
     assert version_now(client) == versions["parts"]
+    assert calibrations(client)[versions["parts"]][1] < told[done.after.version][1], "the bundle's own age again"
     again = client.post("/v1/models/parts:recalibrate", json={"undo": True})
     assert refused(again) == (409, "nothing_before")
     actions = [change["action"] for change in client.get("/v1/audit").json()["changes"]]

@@ -1,19 +1,25 @@
 """The store: what was written is read, counted and deleted alike in SQLite and PostgreSQL, whoever else writes."""
 
+import math
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 from sqlalchemy import insert, text
 from sqlalchemy.exc import IntegrityError
 
 from anomaly_vae import ConfigError
-from service import ids, schema
+from service import counting, first_schema, ids, migrations, schema
 from service.ids import Ids
+from service.looking import Look
+from service.reviewing import Reviews
 from service.store import Kept, Record, Store, Wanted
+from service.upkeep import Upkeep
 
 NOON = 1_800_000_000.0 // 86_400 * 86_400 + 43_200
 PNG = b"\x89PNG" + bytes(1000)
@@ -33,6 +39,15 @@ def record(number, **more):
         "p_value": p, "outlier": p <= 0.05, "alpha": 0.05, "policy": 0, "expected": 0.04, "parts": {"kl": 2.0},
     }  # fmt: skip
     return Record(number, **(values | more))
+
+
+def counted(store):
+    """What a store holds."""
+    look = Look(str(store.database.url.render_as_string(hide_password=False)) if not store.database.is_sqlite
+                else str(store.database.url.database))  # fmt: skip
+    found = look.counts()
+    look.close()
+    return found
 
 
 def made(count, start=NOON, step=1.0, **more):
@@ -108,16 +123,17 @@ def test_a_batch_is_kept_whole_or_not_at_all(store):
 
 def test_many_writers_lose_and_double_nothing(store_place):
     stores = [Store(store_place) for _ in range(4)]
-    assert len({store.worker for store in stores}) == 4
     written, lock = [], threading.Lock()
 
     def write(store):
-        numbers = Ids(store.worker)
+        numbers = Ids()
+        upkeep = Upkeep(store, numbers)
         for _ in range(15):
             records = [record(numbers.next()) for _ in range(20)]
             store.write(records)
             with lock:
                 written.extend(r.id for r in records)
+        upkeep.close()
 
     threads = [threading.Thread(target=write, args=(store,)) for store in stores]
     for thread in threads:
@@ -133,23 +149,25 @@ def test_many_writers_lose_and_double_nothing(store_place):
 
 
 def test_what_is_forgotten_is_gone_everywhere_but_from_the_counts(store):
-    records = [record(ids.first_at(NOON + i), png=PNG, drawn=True) for i in range(5)]
+    records = [record(ids.first_at(NOON + i), p_value=0.01, png=PNG, drawn=True) for i in range(5)]
     store.write(records)
-    with store.database.writing() as connection:
-        said = {"label": "confirmed", "note": "", "by": "ann", "at": NOON}
-        connection.execute(insert(schema.FEEDBACK), [{"id": r.id, **said} for r in records])
+    reviews = Reviews(store.database)
+    for one in records[:4]:
+        reviews.say(one.id, "confirmed", "", "ann")
     assert store.verdict(records[0].id)["label"] == "confirmed"
-    assert store.forget([records[0].id, 7]) == 1
+    assert store.forget([records[0].id, records[4].id, 7]) == 2
     assert store.forget([records[1].id], pictures_only=True) == 1
     assert store.verdict(records[0].id) is None
     assert store.picture(records[0].id) is store.picture(records[1].id) is None
     assert store.verdict(records[1].id)["label"] == "confirmed"
     with store.database.reading() as connection:
-        for table, left in (("reviews", 5), ("feedback", 4), ("pictures", 3), ("verdicts", 4)):
+        for table, left in (("reviews", 5), ("feedback", 3), ("pictures", 2), ("verdicts", 3)):
             assert connection.scalar(text(f"SELECT count(*) FROM {table}")) == left
         # Of a review what was said stays: without its outliers a sample would be none.
         labels = connection.scalars(text("SELECT label FROM reviews ORDER BY id")).all()
-        assert labels == ["confirmed", None, None, None, None]
+        assert labels == ["confirmed"] * 4 + ["forgotten"]
+    counts = counted(store)
+    assert (counts.pictures, counts.picture_bytes) == (2, 2 * len(PNG))
     assert store.rates(NOON, NOON + 60, 1)[0]["scored"] == 5
 
 
@@ -175,49 +193,113 @@ def test_deleted_pictures_leave_no_trace_in_the_file(tmp_path):
 
 def test_old_and_too_many_pictures_go_and_verdicts_stay_unless_told(store):
     store.write([record(ids.first_at(NOON - day * 86_400), png=PNG) for day in range(40)])
-    forever = Kept(picture_days=None, picture_bytes=None)
+    forever = Kept(None, None, None, None, None)
     assert store.tidy(forever, NOON) == 0
-    assert store.tidy(Kept(picture_days=30), NOON + 1) == 10
-    assert store.tidy(Kept(picture_days=None, picture_bytes=5 * len(PNG) + 1), NOON) == 25
+    assert store.tidy(replace(forever, picture_days=30), NOON + 1) == 10
+    assert store.tidy(replace(forever, picture_bytes=5 * len(PNG) + 1), NOON) == 25
     kept = [bool(row["has_picture"]) for row in store.verdicts(Wanted())]
     assert kept == [True] * 5 + [False] * 35
-    assert store.tidy(Kept(verdict_days=3.5), NOON, most=30) == 30
-    assert store.tidy(Kept(verdict_days=3.5), NOON, most=30) == 6
-    assert store.tidy(Kept(verdict_days=3.5), NOON, most=30) == 0
+    assert store.tidy(replace(forever, verdict_days=3.5), NOON, most=30) == 30
+    assert store.tidy(replace(forever, verdict_days=3.5), NOON, most=30) == 6
+    assert store.tidy(replace(forever, verdict_days=3.5), NOON, most=30) == 0
     assert len(store.verdicts(Wanted())) == 4
 
 
-def test_an_older_store_is_brought_up_to_date_once_and_a_newer_one_is_refused(store_place, monkeypatch):
-    steps = schema.STEPS
-    monkeypatch.setattr(schema, "STEPS", steps[:1])
-    old = Store(store_place)
-    old.write(made(3))
+def filled_as_at_first(store, records):
+    """What the first version of the store wrote of these verdicts, two of them drawn for review, one of them judged."""
+    names = [column.name for column in first_schema.VERDICTS.c if column.name != "parts"]
+    with store.database.writing() as connection:
+        rows = [{name: getattr(r, name) for name in names} for r in records]
+        connection.execute(insert(first_schema.VERDICTS), [row | {"parts": '{"kl": 2.0}'} for row in rows])
+        pictures = [{"id": r.id, "bytes": len(r.png), "png": r.png} for r in records if r.png]
+        connection.execute(insert(schema.PICTURES), pictures)
+        reviews = [{"id": r.id, "model": "m", "version": "v1", "score": r.score} for r in records[:2]]
+        connection.execute(insert(schema.REVIEWS), reviews)
+        said = {"id": records[0].id, "label": "normal", "note": "", "by": "ann", "at": NOON}
+        connection.execute(insert(schema.FEEDBACK), said)
+        rates, bins = Counter(), Counter()
+        for r in records:
+            minute, whose = int(ids.seconds_of(r.id) // 60), (r.model, r.version, r.source)
+            rates[minute, *whose] += 1
+            bins[minute // 60, *whose, counting.bin_of(r.p_value)] += 1
+        odd = Counter((int(ids.seconds_of(r.id) // 60), r.model, r.version, r.source) for r in records if r.outlier)
+        names = ("minute", "model", "version", "source", "scored", "outliers", "expected")
+        found = [dict(zip(names, (*key, n, odd[key], 0.04 * n), strict=True)) for key, n in rates.items()]
+        connection.execute(insert(first_schema.RATES), found)
+        names = ("hour", "model", "version", "source", "bin", "n")
+        found = [dict(zip(names, (*key, n), strict=True)) for key, n in bins.items()]
+        connection.execute(insert(first_schema.HISTOGRAMS), found)
+
+
+def test_an_older_store_is_brought_up_to_date_once_and_a_newer_one_is_refused(store_place, tmp_path, monkeypatch):
+    steps = migrations.STEPS
+    monkeypatch.setattr(migrations, "STEPS", steps[:2])
+    old, records = Store(store_place), made(300) + made(40, NOON + 7000, source="line-2", model="n", png=PNG)
+    filled_as_at_first(old, records)
     old.close()
-    monkeypatch.setattr(schema, "STEPS", steps)
+    monkeypatch.setattr(migrations, "STEPS", steps)
+    fresh = Store(str(tmp_path / "fresh.sqlite"))
+    fresh.write(records)
     for _ in range(2):
         new = Store(store_place)
-        assert len(new.verdicts(Wanted())) == 3
+        for wanted in (Wanted(), Wanted(source="line-2", p_value_at_most=0.3), Wanted(outlier=True, model="m")):
+            found = [[row["id"] for row in store.verdicts(wanted, limit=500)] for store in (new, fresh)]
+            assert found[0] == found[1] != []
+        for span in ((NOON, NOON + 600, 1), (NOON - 86_400, NOON + 86_400, 60), (NOON - 9e6, NOON + 9e6, 1440)):
+            found = [[(r["bucket"], r["scored"], r["outliers"]) for r in store.rates(*span)] for store in (new, fresh)]
+            assert found[0] == found[1] != []
+            assert new.histogram(*span[:2], "m") == fresh.histogram(*span[:2], "m")
+        assert replace(counted(new), feedback=0) == counted(fresh)
+        assert [row["id"] for row in Reviews(new.database).to_review(None, 9)] == [records[1].id]
         with new.database.reading() as connection:
-            assert connection.scalars(text("SELECT number FROM schema_version ORDER BY number")).all() == [1, 2, 3]
+            numbers = connection.scalars(text("SELECT number FROM schema_version ORDER BY number")).all()
+            assert numbers == [*range(1, len(steps) + 1)]
             assert connection.scalar(text("SELECT count(*) FROM policies")) == 0
         new.close()
-    monkeypatch.setattr(schema, "STEPS", steps[:1])
-    with pytest.raises(ConfigError, match="version 3, and this program knows up to 1; update the program"):
+    monkeypatch.setattr(migrations, "STEPS", steps[:1])
+    with pytest.raises(ConfigError, match=f"version {len(steps)}, and this program knows up to 1; update the program"):
         Store(store_place)
 
 
 def test_a_backup_made_in_use_is_a_whole_store(tmp_path):
     store = Store(str(tmp_path / "s.sqlite"))
     store.write(made(500, png=PNG))
-    store.backup(tmp_path / "it's.sqlite")
+    look = Look(str(tmp_path / "s.sqlite"))
+    look.backup(tmp_path / "it's.sqlite")
     store.write(made(1, NOON + 5000))
     copy = Store(str(tmp_path / "it's.sqlite"))
     assert len(copy.verdicts(Wanted(), limit=1000)) == 500
     assert copy.picture(copy.verdicts(Wanted(), limit=1)[0]["id"]) == PNG
     with pytest.raises(ConfigError, match="exists already"):
-        store.backup(tmp_path / "it's.sqlite")
+        look.backup(tmp_path / "it's.sqlite")
     with pytest.raises(ConfigError, match="cannot be written"):
-        store.backup(tmp_path / "nowhere" / "copy.sqlite")
+        look.backup(tmp_path / "nowhere" / "copy.sqlite")
+    look.close()
+
+
+def test_a_backup_by_a_newer_program_changes_nothing_in_the_source_and_is_of_the_same_version(tmp_path, monkeypatch):
+    place, copy, steps = tmp_path / "s.sqlite", tmp_path / "copy.sqlite", migrations.STEPS
+    with monkeypatch.context() as patch:
+        patch.setattr(migrations, "STEPS", steps[:2])
+        old = Store(str(place))
+        filled_as_at_first(old, made(40, png=PNG))
+        old.close()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    command = [sys.executable, "-m", "anomaly_vae", "store", str(place)]
+    looked = subprocess.run(command, capture_output=True, text=True)
+    assert f"{place}: 40 verdicts since 2027-01-15 12:00 UTC, 40 pictures" in looked.stdout, looked.stderr
+    done = subprocess.run([*command, "--backup", str(copy)], capture_output=True, text=True)
+    assert "wrote" in done.stdout, done.stderr
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path != copy} == before
+    with sqlite3.connect(place) as source, sqlite3.connect(copy) as target:
+        assert list(source.iterdump()) == list(target.iterdump())
+    restored = Store(str(copy))
+    assert len(restored.verdicts(Wanted(outlier=True))) == 2
+    restored.close()
+    command[-1] = str(tmp_path / "letter.txt")
+    (tmp_path / "letter.txt").write_text("Dear all, " * 500)
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert (refused.returncode, "cannot be read as a store: file is not a database" in refused.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(("place", "says"), [
@@ -272,7 +354,9 @@ def test_killed_while_writing_it_is_whole(tmp_path):
 
 def test_numbers_grow_name_their_time_and_are_nobody_elses():
     times = iter([NOON, NOON, NOON - 50, NOON + 1] + [NOON + 1] * 5000)
-    first, second = Ids(3, lambda: next(times)), Ids(4, lambda: NOON)
+    first, second = Ids(lambda: next(times)), Ids(lambda: NOON)
+    first.lend(3, math.inf)
+    second.lend(4, math.inf)
     numbers = [first.next() for _ in range(5000)]
     assert numbers == sorted(set(numbers))
     assert ids.seconds_of(numbers[0]) == pytest.approx(NOON, abs=0.001)
@@ -282,3 +366,21 @@ def test_numbers_grow_name_their_time_and_are_nobody_elses():
     assert ids.read(ids.shown(numbers[0])) == numbers[0]
     for text_ in ("", "zz", "F" * 16, "f" * 16, "0" * 17, "\u0661" * 16):
         assert ids.read(text_) is None
+
+
+def test_without_a_number_of_their_own_processes_draw_by_chance_and_keep_clear_of_those_that_have_one():
+    now, lent = [0.0], Ids(lambda: NOON, lambda: now[0])
+    others = [Ids(lambda: NOON) for _ in range(4)]
+    before = lent.next()
+    lent.lend(ids.WORKERS - 1, 10.0)
+    numbers = [before, *(lent.next() for _ in range(3000))]
+    now[0] = 10.0
+    numbers += [lent.next() for _ in range(100)]
+    lent.lend(5, 20.0)
+    numbers += [lent.next() for _ in range(100)]
+    assert numbers == sorted(set(numbers)), "they grow whatever number is lent or no longer is"
+    by_chance = [n for n in (*numbers, *(o.next() for o in others for _ in range(100))) if (n >> 18) % 8 == 7]
+    assert len(by_chance) == 501
+    assert len(set(by_chance)) > 490
+    assert {n >> 11 & 1023 for n in numbers} - {n >> 11 & 1023 for n in by_chance} == {ids.WORKERS - 1, 5}
+    assert len({n & 0x3FFFF for n in by_chance}) > 490

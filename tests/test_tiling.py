@@ -2,13 +2,12 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from forked import command
 from rich.console import Console
 from wide import DOT, HEIGHT, WIDTH, dotted, weave, write_wide
 
@@ -234,8 +233,7 @@ def test_few_pictures_are_folded_and_the_size_comes_from_them(tmp_path):
 
 def test_scan_and_info_know_tiles(bundle, detector, folder, tmp_path):
     out = tmp_path / "out.jsonl"
-    command = [sys.executable, "-m", "anomaly_vae", "scan", str(bundle), str(folder / "dot"), "--out", str(out)]
-    subprocess.run(command, check=True, capture_output=True)
+    command("scan", bundle, folder / "dot", "--out", out).check_returncode()
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(rows) == 30
     image = detector.prepare((folder / "dot" / "000.png").read_bytes())

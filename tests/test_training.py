@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import write_digits
+from forked import begun, command
 
 from anomaly_vae import BundleError, CalibrationError, Detector, TrainingError
 from anomaly_vae.data import open_pictures
@@ -30,10 +31,10 @@ SETTINGS = [
 ]
 
 
-def command(data: Path, out: Path, *more: str) -> list[str]:
-    words = [word for setting in SETTINGS for word in ("-o", setting)]
-    fixed = [sys.executable, "-m", "anomaly_vae", "train", "--data", str(data), "--out", str(out), "--device", "cpu"]
-    return [*fixed, "--preset", "vae", *words, *more]
+def words(data: Path, out: Path, *more: str) -> list[str]:
+    settings = [word for setting in SETTINGS for word in ("-o", setting)]
+    fixed = ["train", "--data", str(data), "--out", str(out), "--device", "cpu", "--preset", "vae"]
+    return [*fixed, *settings, *more]
 
 
 def weights(bundle: Path) -> dict[str, torch.Tensor]:
@@ -46,12 +47,12 @@ def small(tmp_path_factory):
 
 
 def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(small, tmp_path):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(command(small, tmp_path / "whole"), check=True, env=environment, capture_output=True)
+    command(*words(small, tmp_path / "whole")).check_returncode()
     kills = 0
     checkpoint = tmp_path / ".cut.training" / "member0.safetensors"
     for _ in range(3):
-        process = subprocess.Popen(command(small, tmp_path / "cut"), env=environment, stderr=subprocess.DEVNULL)
+        with Path(os.devnull).open("w") as nowhere:
+            process = begun(words(small, tmp_path / "cut"), nowhere, nowhere)
         before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline:
@@ -63,7 +64,8 @@ def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(small, tmp_path
         process.wait()
         assert not (tmp_path / "cut").exists()
     assert kills == 3
-    done = subprocess.run(command(small, tmp_path / "cut"), check=True, env=environment, capture_output=True, text=True)
+    done = command(*words(small, tmp_path / "cut"))
+    assert done.returncode == 0, done.stderr
     assert "going on with the interrupted training" in done.stderr
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert whole.keys() == cut.keys()
@@ -97,8 +99,8 @@ def test_same_seed_same_bundle_other_seed_other(small, tmp_path, tiny_spec):
 
 def test_two_processes_train_one_detector(small, tmp_path):
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "anomaly_vae"]
-    words = command(small, tmp_path / "two", "-o", "training.epochs=3", "-o", "model.network.norm=group")[3:]
-    done = subprocess.run([*run, *words], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    wanted = words(small, tmp_path / "two", "-o", "training.epochs=3", "-o", "model.network.norm=group")
+    done = subprocess.run([*run, *wanted], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert Detector.load(tmp_path / "two").calibration.n > 50
 

@@ -1,0 +1,145 @@
+"""What both clients can do with scans of whole folders; `client` and `async_client` say how they are asked."""
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+from anomaly_vae.answers import Forgotten
+from anomaly_vae.asking import Ask, Moment, get, page_of, post
+from anomaly_vae.errors import DataError
+from anomaly_vae.watch_answers import Scan, ScanPage
+
+_T = TypeVar("_T")
+
+
+class ScanCalls:
+    """Scans, for `Client`."""
+
+    def add_scan(
+        self,
+        name: str,
+        *,
+        model: str,
+        version: str,
+        started: Moment,
+        finished: Moment,
+        scored: int,
+        failed: int,
+        outliers: int,
+        expected_rate: float,
+        alpha: float,
+        source: str | None = None,
+    ) -> Scan:
+        """Tell of a scan; `expected_rate`: of outliers among normal pictures."""
+        told = {"name": name, "model": model, "version": version, "source": source, "scored": scored, "failed": failed}
+        rates = {"outliers": outliers, "expected_rate": expected_rate, "alpha": alpha}
+        return self._do(_added(started, finished, {**told, **rates}))
+
+    def set_report(self, scan: str, report: bytes | Path) -> Scan:
+        """Send a scan's report: an HTML page that fetches nothing, or the path of one."""
+        return self._do(_reported(scan, report))
+
+    def scans(self, limit: int | None = None) -> Iterator[Scan]:
+        """Scans, the newest first: all, or `limit` of them."""
+        cursor, left = None, limit
+        while left is None or left > 0:
+            page = self._do(get("/v1/scans", ScanPage, {"cursor": cursor, "limit": page_of(left)}))
+            yield from page.scans
+            cursor, left = page.next, None if left is None else left - len(page.scans)
+            if cursor is None:
+                return
+
+    def scan(self, scan: str) -> Scan:
+        """One scan."""
+        return self._do(get(_path(scan), Scan))
+
+    def report(self, scan: str) -> bytes:
+        """A scan's report, as HTML."""
+        return self._do(get(_path(scan, "/report"), bytes))
+
+    def forget_scan(self, scan: str) -> int:
+        """Forget a scan and its report; how many there are no longer."""
+        return self._do(Ask("DELETE", _path(scan), Forgotten)).forgotten
+
+    def _do(self, ask: Ask[_T]) -> _T:
+        raise NotImplementedError
+
+
+class AsyncScanCalls:
+    """Scans, for `AsyncClient`."""
+
+    async def add_scan(
+        self,
+        name: str,
+        *,
+        model: str,
+        version: str,
+        started: Moment,
+        finished: Moment,
+        scored: int,
+        failed: int,
+        outliers: int,
+        expected_rate: float,
+        alpha: float,
+        source: str | None = None,
+    ) -> Scan:
+        """Tell of a scan; `expected_rate`: of outliers among normal pictures."""
+        told = {"name": name, "model": model, "version": version, "source": source, "scored": scored, "failed": failed}
+        rates = {"outliers": outliers, "expected_rate": expected_rate, "alpha": alpha}
+        return await self._do(_added(started, finished, {**told, **rates}))
+
+    async def set_report(self, scan: str, report: bytes | Path) -> Scan:
+        """Send a scan's report: an HTML page that fetches nothing, or the path of one."""
+        return await self._do(_reported(scan, report))
+
+    async def scans(self, limit: int | None = None) -> AsyncIterator[Scan]:
+        """Scans, the newest first: all, or `limit` of them."""
+        cursor, left = None, limit
+        while left is None or left > 0:
+            page = await self._do(get("/v1/scans", ScanPage, {"cursor": cursor, "limit": page_of(left)}))
+            for scan in page.scans:
+                yield scan
+            cursor, left = page.next, None if left is None else left - len(page.scans)
+            if cursor is None:
+                return
+
+    async def scan(self, scan: str) -> Scan:
+        """One scan."""
+        return await self._do(get(_path(scan), Scan))
+
+    async def report(self, scan: str) -> bytes:
+        """A scan's report, as HTML."""
+        return await self._do(get(_path(scan, "/report"), bytes))
+
+    async def forget_scan(self, scan: str) -> int:
+        """Forget a scan and its report; how many there are no longer."""
+        return (await self._do(Ask("DELETE", _path(scan), Forgotten))).forgotten
+
+    async def _do(self, ask: Ask[_T]) -> _T:
+        raise NotImplementedError
+
+
+def _path(scan: str, rest: str = "") -> str:
+    return f"/v1/scans/{quote(scan, safe='')}{rest}"
+
+
+def _added(started: Moment, finished: Moment, told: dict[str, Any]) -> Ask[Scan]:
+    def text(moment: Moment) -> str:
+        return moment if isinstance(moment, str) else moment.astimezone().isoformat()
+
+    return post("/v1/scans", Scan, started=text(started), finished=text(finished), **told)
+
+
+def _reported(scan: str, report: bytes | Path) -> Ask[Scan]:
+    if isinstance(report, bytes):
+        return _sent(scan, report)
+    try:
+        return _sent(scan, report.read_bytes())
+    except OSError as error:
+        raise DataError(f"cannot read the report {report} ({error.strerror}); give the path of a file") from None
+
+
+def _sent(scan: str, html: bytes) -> Ask[Scan]:
+    headers = {"Content-Type": "text/html"}
+    return Ask("PUT", _path(scan, "/report"), Scan, content=html, headers=headers, repeatable=True)

@@ -1,0 +1,198 @@
+"""Scans of whole folders that a service was told of: kept, listed, shown with their reports, deleted, let go of."""
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+
+import httpx
+import pytest
+from serving import Server, running
+
+from anomaly_vae import answers as answered
+from anomaly_vae.async_client import AsyncClient
+from anomaly_vae.client import Client
+from anomaly_vae.errors import DataError, ServiceError
+from service.ids import first_at
+from service.keys import KeyFile, Role, made
+from service.scans import KeptScans, Scans
+from service.store import Store
+
+BEGAN = datetime(2026, 1, 31, 6, tzinfo=UTC)
+TOLD = {
+    "name": "monday", "model": "parts", "version": "858e1c0ce8f6", "started": "2026-01-31T06:00:00Z",
+    "finished": 1769840000, "scored": 4000, "failed": 2, "outliers": 51, "expected_rate": 0.01, "alpha": 0.01,
+}  # fmt: skip
+HTML = "<!doctype html><title>Scan</title><p>\u00e4 report<script>document.title += 'ran'</script>".encode()
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory):
+    """A file of keys, and the secrets by name."""
+    roles = {"line": Role.SCORE, "other": Role.SCORE, "reader": Role.READ, "boss": Role.ADMIN}
+    path, found = (
+        tmp_path_factory.mktemp("keys") / "keys.yaml",
+        {name: made(name, role) for name, role in roles.items()},
+    )
+    KeyFile(keys=tuple(key for key, _ in found.values())).write(path)
+    return path, {name: secret for name, (_, secret) in found.items()}
+
+
+@pytest.fixture(scope="module")
+def server(tiny_bundle, tmp_path_factory, keys):
+    place = tmp_path_factory.mktemp("store") / "s.sqlite"
+    settings = f"store={place}", f"keys={keys[0]}", "source=line-9", "max_report_bytes=4096", "max_scans=20"
+    with running(tiny_bundle, *settings) as found:
+        yield found
+
+
+def client_of(server: Server, key: str) -> httpx.Client:
+    return httpx.Client(base_url=server.url, timeout=60, headers={"Authorization": f"Bearer {key}"})
+
+
+@pytest.fixture
+def clients(server, keys):
+    found = {name: client_of(server, key) for name, key in keys[1].items()}
+    yield found
+    for client in found.values():
+        client.close()
+
+
+def put(client, scan, html=HTML, kind="text/html"):
+    return client.put(f"/v1/scans/{scan}/report", content=html, headers={"Content-Type": kind})
+
+
+def test_a_scan_is_kept_as_it_was_told_and_its_report_as_it_was_sent(clients):
+    line, reader = clients["line"], clients["reader"]
+    scan = answered.Scan.model_validate(line.post("/v1/scans", json=TOLD).json())
+    assert (scan.name, scan.started, scan.scored, scan.outliers) == ("monday", BEGAN, 4000, 51)
+    assert scan.finished == datetime.fromtimestamp(1769840000, UTC)
+    assert (scan.source, scan.by, scan.has_report) == ("line-9", "line", False)
+    missing = reader.get(f"/v1/scans/{scan.id}/report")
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "no_report")
+    assert answered.Scan.model_validate(put(line, scan.id).json()).has_report
+    assert answered.Scan.model_validate(reader.get(f"/v1/scans/{scan.id}").json()).has_report
+    reply = reader.get(f"/v1/scans/{scan.id}/report")
+    assert reply.content == HTML
+    assert reply.headers["content-type"] == "text/html; charset=utf-8"
+    assert put(line, scan.id, b"<p>another").status_code == 200
+    assert reader.get(f"/v1/scans/{scan.id}/report").content == b"<p>another"
+
+
+def test_a_report_runs_in_an_origin_that_is_nobodys_and_reaches_nothing(clients):
+    scan = clients["line"].post("/v1/scans", json=TOLD).json()["id"]
+    put(clients["line"], scan)
+    headers = clients["reader"].get(f"/v1/scans/{scan}/report").headers
+    rules = dict(rule.strip().partition(" ")[::2] for rule in headers["content-security-policy"].split(";"))
+    assert rules["sandbox"] == "allow-scripts"
+    assert rules["default-src"] == "'none'"
+    assert not any("'self'" in rule or "http" in rule for name, rule in rules.items() if name != "frame-ancestors")
+    assert headers["x-content-type-options"] == "nosniff"
+
+
+def test_pages_hold_every_scan_once_the_newest_first_and_the_oldest_go(clients):
+    line, reader = clients["line"], clients["reader"]
+    sent = [line.post("/v1/scans", json={**TOLD, "name": f"scan {k}", "source": f"s{k}"}).json() for k in range(25)]
+    found, cursor = [], None
+    while True:
+        page = reader.get("/v1/scans", params={"limit": 6, **({"cursor": cursor} if cursor else {})}).json()
+        answered.ScanPage.model_validate(page)
+        found += page["scans"]
+        cursor = page["next"]
+        if cursor is None:
+            break
+    assert found == sent[:4:-1]
+    gone = reader.get(f"/v1/scans/{sent[0]['id']}")
+    assert (gone.status_code, gone.json()["error"]["code"]) == (404, "unknown_scan")
+
+
+def test_who_may_do_what(clients):
+    scan = clients["line"].post("/v1/scans", json=TOLD).json()["id"]
+    assert clients["line"].get("/v1/scans").status_code == 403
+    assert clients["line"].get(f"/v1/scans/{scan}/report").status_code == 403
+    refused = put(clients["other"], scan)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "not_yours")
+    assert put(clients["boss"], scan).status_code == 200
+    assert clients["reader"].delete(f"/v1/scans/{scan}").status_code == 403
+    assert clients["boss"].delete(f"/v1/scans/{scan}").json() == {"forgotten": 1}
+    for path in ("", "/report"):
+        assert clients["boss"].get(f"/v1/scans/{scan}{path}").status_code == 404
+    change = clients["boss"].get("/v1/audit?limit=1").json()["changes"][0]
+    assert (change["action"], change["subject"], change["by"]) == ("forget_scan", scan, "boss")
+    assert change["before"]["name"] == "monday"
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({"started": "2026-02-01"}, "finished before it started"),
+    ({"outliers": 4001}, "4001 outliers of 4000 pictures"),
+    ({"started": "yesterday"}, "a moment is written like"),
+    ({"started": True}, "a moment is"),
+    ({"started": "1769840000"}, "as a text a moment"),
+    ({"scored": -1}, "scored"),
+    ({"scored": 10**16}, "scored"),
+    ({"name": ""}, "name"),
+    ({"name": "a\nb"}, "name"),
+    ({"expected_rate": 1.5}, "expected_rate"),
+    ({"source": "a b"}, "source"),
+    ({"colour": "red"}, "colour"),
+])  # fmt: skip
+def test_mistakes_are_told_in_one_line(clients, change, says):
+    reply = clients["line"].post("/v1/scans", json={**TOLD, **change})
+    error = answered.Refusal.model_validate(reply.json()).error
+    assert (reply.status_code, error.code, says in error.message) == (400, "bad_parameter", True), error.message
+    assert "\n" not in error.message
+
+
+def test_what_is_no_report_is_refused(clients):
+    scan = clients["line"].post("/v1/scans", json=TOLD).json()["id"]
+    for html, kind, code in (
+        (b"", "text/html", "empty"), (b"x" * 4097, "text/html", "too_large"),
+        (b"%PDF", "application/pdf", "unsupported_media_type"),
+    ):  # fmt: skip
+        assert put(clients["line"], scan, html, kind).json()["error"]["code"] == code
+    assert put(clients["line"], "0" * 16).json()["error"]["code"] == "unknown_scan"
+    assert put(clients["line"], scan, b"x" * 4096).status_code == 200
+
+
+def test_both_clients_do_it(server, keys, tmp_path):
+    told = {name: value for name, value in TOLD.items() if name not in ("name", "started", "finished")}
+    (tmp_path / "report.html").write_bytes(HTML)
+    with Client(server.url, keys[1]["boss"]) as client:
+        first = client.add_scan("one", started=BEGAN, finished=BEGAN + timedelta(minutes=9), **told)
+        assert client.set_report(first.id, tmp_path / "report.html").has_report
+        assert client.report(first.id) == HTML
+        second = client.add_scan("two", started="2026-01-31T06:00:00Z", finished="2026-01-31T07:00:00Z", **told)
+        assert [one.id for one in client.scans(limit=2)] == [second.id, first.id]
+        assert client.scan(first.id).name == "one"
+        with pytest.raises(DataError, match="give the path of a file"):
+            client.set_report(first.id, tmp_path / "none.html")
+
+    async def the_same():
+        async with AsyncClient(server.url, keys[1]["boss"]) as client:
+            third = await client.add_scan("three", started=BEGAN, finished=BEGAN, **told)
+            assert (await client.set_report(third.id, HTML)).has_report
+            assert await client.report(third.id) == HTML
+            assert [one.id async for one in client.scans(limit=3)] == [third.id, second.id, first.id]
+            assert (await client.scan(third.id)).name == "three"
+            assert [await client.forget_scan(one) for one in (first.id, second.id, third.id)] == [1, 1, 1]
+            with pytest.raises(ServiceError, match="there is no scan"):
+                await client.scan(third.id)
+
+    asyncio.run(the_same())
+
+
+def test_old_scans_go_and_reports_with_them(store_place):
+    store = Store(store_place)
+    row = {name: value for name, value in TOLD.items() if name not in ("started", "finished")}
+    row |= {"started": 0.0, "finished": 1.0, "source": "s"}
+    forever, now = Scans(store.database, KeptScans(None, None)), datetime.now(UTC).timestamp()
+    numbers = [first_at(now - days * 86_400) for days in (40, 20, 10, 1)]
+    for number in numbers:
+        forever.add(number, "ann", row)
+        assert forever.set_report(number, HTML * 1000)
+    assert [one["id"] for one in forever.scans(None, 10)] == numbers[::-1]
+    Scans(store.database, KeptScans(None, 15.0)).add(first_at(now), "ann", row)
+    assert [one["id"] for one in forever.scans(None, 10)] == [first_at(now), numbers[3], numbers[2]]
+    assert forever.report(numbers[0]) is None
+    assert forever.report(numbers[2]) == HTML * 1000
+    assert not forever.set_report(numbers[0], HTML)
+    assert not forever.forget(numbers[0], "ann")
+    store.close()
