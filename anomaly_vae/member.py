@@ -101,7 +101,7 @@ class Member:
 
     def _judge(self, spec: DetectorSpec, batch: Batch, heat: bool) -> Opinion:
         """As `judge`, of what the models see."""
-        mapped, known = self._finest() if heat else set(), self._known(batch, heat)
+        mapped, known = self.finest() if heat else set(), self._known(batch, heat)
         seen = {
             name: _averaged(
                 [expert.judge(batch, spec.heat_blur if name in mapped else None, next(known)) for expert in experts]
@@ -124,7 +124,7 @@ class Member:
         sizes = [len(expert.spec.columns) for of_kind in self.experts.values() for expert in of_kind]
         return (columns.cpu().numpy() for columns in torch.split(self.native.columns(batch.images), sizes, 1))
 
-    def _finest(self) -> set[str]:
+    def finest(self) -> set[str]:
         """The kinds that see pictures at the finest resolution: another's map would only blur theirs."""
         pixels = {name: math.prod(experts[0].model.picture_shape[1:]) for name, experts in self.experts.items()}
         return {name for name, count in pixels.items() if count == max(pixels.values())}
