@@ -73,7 +73,7 @@ def lines(bundle: Path, threads: int, rounds: int) -> list[str]:
         export(bundle, out=place)
         size = place.stat().st_size / 1e6
         settings = onnxruntime.SessionOptions()
-        settings.intra_op_num_threads = threads
+        settings.intra_op_num_threads, settings.log_severity_level = threads, 3
         session = onnxruntime.InferenceSession(place, settings, providers=["CPUExecutionProvider"])
     eager = Detector.load(bundle)
     native = recorded(eager)

@@ -18,7 +18,10 @@ class Scorer:
     """An exported detector. `facts`: its parts' names, its policy and its image settings."""
 
     def __init__(self, path: str) -> None:
-        self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        # It warns of inputs that may be left out.
+        options.log_severity_level = 3
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.facts = json.loads(self.session.get_modelmeta().custom_metadata_map["anomaly_vae"])
 
     def score(self, path: str, heat: bool = False) -> dict:

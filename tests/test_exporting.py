@@ -87,7 +87,7 @@ def test_every_preset_judges_alike(name, digits, tmp_path):
 
 def test_a_code_on_a_sphere_is_refused_by_name(digits, tmp_path):
     path = saved(made(read_preset("hyperspherical-vae", SMALL), digits), tmp_path)
-    with pytest.raises(ConfigError, match=r"sphere .* latent\.kind=gaussian"):
+    with pytest.raises(ConfigError, match=r"sphere .*latent\.kind=gaussian"):
         export(path)
 
 
