@@ -43,6 +43,9 @@ _AT_ONCE = 16
 _EXACT = "it computes the networks in float64, in which onnxruntime has no convolutions"
 _GRADIENTS = "it differentiates, and a graph only goes forward"
 _REFUSED = {
+    "ssim": "its windows are recorded for one size of batch",
+    "msgms": "it averages pixels in float64, for which onnxruntime has no pooling",
+    "inpainting": "it deals its masks by a generator of PyTorch's own",
     "input_complexity": "it compresses pictures with bzip2",
     "gradient": _GRADIENTS,
     "likelihood_regret": _GRADIENTS,
@@ -202,7 +205,10 @@ def _judged(
     session: "onnxruntime.InferenceSession", images: npt.NDArray[np.uint8], at_once: int
 ) -> dict[str, npt.NDArray[Any]]:
     """The graph's outputs by name, of images (N, C, H, W) taken so many at once."""
-    parts = [session.run(None, {"images": images[i : i + at_once]}) for i in range(0, len(images), at_once)]
+    try:
+        parts = [session.run(None, {"images": images[i : i + at_once]}) for i in range(0, len(images), at_once)]
+    except Exception as error:  # it raises its own kinds
+        raise _impossible(error) from None
     return {name: np.concatenate(own) for name, own in zip(Verdicts._fields, zip(*parts, strict=True), strict=True)}
 
 
