@@ -13,7 +13,7 @@ from test_store import NOON, PNG, made, record
 
 from service import counting, ids
 from service.auditing import changes, latest, note
-from service.decisions import Decisions, Recalibration
+from service.decisions import Decisions, Recalibration, Sample
 from service.reviewing import Reviews
 from service.schema import BINS, DAY, HOUR, MINUTE
 from service.store import Kept, Store, Wanted
@@ -244,13 +244,13 @@ def test_room_for_pictures_is_kept_without_reading_them_all(store):
 def test_of_all_calibrations_only_the_one_in_force_is_read(store):
     decisions, scores = Decisions(store.database), [np.arange(5.0) + k for k in range(4)]
     for k, base in enumerate(("one", "two", "one", "one")):
-        given = None if k == 0 else scores[k]
+        given = None if k == 0 else Sample(scores[k], np.empty(0, np.uint64))
         decisions.recalibrate("m", Recalibration(base, f"v{k}", given), "ann", None, None)
     queries = asked_of(store, lambda: decisions.calibrations("m", "one"))
     assert ["scores" in query.partition("FROM")[0] for query, _ in queries] == [False, True]
     book = decisions.calibrations("m", "one")
     assert [one.choice.version for one in book] == ["v3", "v2", "v0"]
-    assert np.array_equal(book[0].choice.scores, scores[3])
+    assert np.array_equal(book[0].choice.sample.scores, scores[3])
     assert decisions.calibrations("m", "none") == []
 
 
