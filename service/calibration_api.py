@@ -11,7 +11,7 @@ from service.keys import Role
 from service.models import Models
 from service.routes import Route
 from service.served import Served
-from service.store import Store, Wanted
+from service.store import Store
 
 Floats = npt.NDArray[np.float64]
 _BINS = 30
@@ -52,8 +52,8 @@ class CalibrationPages:
             return np.empty(0)
         book = self._models.decisions.calibrations(served.name, served.base)
         versions = {served.base, *(decided.choice.version for decided in book)}
-        rows = self._store.verdicts(Wanted(model=served.name), limit=last)
-        return np.asarray([row["score"] for row in rows if row["version"] in versions], np.float64)
+        rows = self._store.ranks(served.name, last)
+        return np.asarray([score for version, score, _ in rows if version in versions], np.float64)
 
 
 def _edges(normals: Floats, threshold: float | None) -> Floats:

@@ -148,7 +148,8 @@ class Metrics:
         self._ratios.pop((model, version), None)
         if self._versions.get(model) == version:
             del self._versions[model]
-            self._info.remove(model, version)
+            for gauge in (self._info, self._calibrated, self._normals):
+                gauge.remove(model, version)
         for labels in [labels for labels in list(self._sources) if labels[:2] == (model, version)]:
             self._scored_by_gone += self._count(labels)
             del self._sources[labels]
