@@ -120,11 +120,17 @@ def _freed(frozen: Any, traced: Any) -> Callable[[Tensor], Tensor]:
         return found
     graph.eraseInput(0)
     playing: Callable[[Tensor], Tensor] = torch._C._create_function_from_graph("playing", graph)
-    for old in (frozen.graph, traced.graph):
-        for _ in list(old.outputs()):
-            old.eraseOutput(0)
-        torch._C._jit_pass_dce(old)
+    for part in (*frozen.modules(), *traced.modules()):
+        for name in part._c._method_names():
+            _empty(part._c._get_method(name).graph)
     return playing
+
+
+def _empty(graph: Any) -> None:
+    for _ in list(graph.outputs()):
+        graph.eraseOutput(0)
+    for node in reversed(list(graph.nodes())):
+        node.destroy()
 
 
 def _agree(scoring: Scoring, playing: Callable[[Tensor], Tensor], images: Tensor) -> bool:
