@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from anomaly_vae.bundle import write_durably as write_durably
     from anomaly_vae.client import Client as Client
     from anomaly_vae.detector import Detector as Detector
-    from anomaly_vae.detector import Judgement as Judgement
-    from anomaly_vae.detector import Policy as Policy
     from anomaly_vae.engine import Engine as Engine
     from anomaly_vae.engine import pick_device as pick_device
     from anomaly_vae.errors import AnomalyVaeError as AnomalyVaeError
@@ -30,6 +28,8 @@ if TYPE_CHECKING:
     from anomaly_vae.images import decode as decode
     from anomaly_vae.images import encode_png as encode_png
     from anomaly_vae.images import peek as peek
+    from anomaly_vae.judgement import Judgement as Judgement
+    from anomaly_vae.judgement import Policy as Policy
     from anomaly_vae.overlaying import overlay_png as overlay_png
     from anomaly_vae.recipe import DetectorSpec as DetectorSpec
     from anomaly_vae.regions import regions_json as regions_json
@@ -57,8 +57,8 @@ _HOME = {
     "DetectorSpec": "recipe",
     "Engine": "engine",
     "ImageSpec": "images",
-    "Judgement": "detector",
-    "Policy": "detector",
+    "Judgement": "judgement",
+    "Policy": "judgement",
     "Retries": "retrying",
     "ServiceError": "errors",
     "Spec": "spec",
@@ -80,7 +80,7 @@ _HOME = {
     "write_durably": "bundle",
 }
 
-_MODULES = ("answers", "drift")
+_MODULES = ("answers", "drift", "watch_answers")
 
 __all__ = [*sorted(_HOME), *_MODULES, "__version__"]
 

@@ -320,68 +320,6 @@ class ReviewPage(Reply):
     verdicts: list[ToReview]
 
 
-class Alarm(Reply):
-    """Whether a source's stream still looks as calibration did. `rate`: more outliers; `shift`: most pictures moved.
-
-    `since`: when it was raised. `limit`: of `evidence` (rate), or of `effect` (shift: from -1 to 1, in `part`).
-    `images`: how many it rests on. `tolerated_rate`: of outliers, explained by calibration and the source's base rate;
-    `recent_rate`: since evidence began to grow. `promised`: whether the bound on false alarms is proven.
-    """
-
-    id: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
-    model: str
-    version: str
-    source: str
-    kind: Literal["rate", "shift"]
-    raised: bool
-    since: datetime | None
-    evidence: float | None
-    limit: float
-    observed_rate: Share | None
-    expected_rate: Share
-    tolerated_rate: Share
-    recent_rate: Share | None
-    images: Count
-    recent_images: Count
-    promised: bool
-    part: str | None
-    effect: float | None
-    message: str
-    examples: list[VerdictId]
-
-
-class AlarmList(Reply):
-    """Both alarms of each source whose pictures the active versions have judged."""
-
-    alarms: list[Alarm]
-
-
-class Scan(Reply):
-    """A scan of a whole folder, as its command told of it. `expected_rate`: of outliers, were all pictures normal."""
-
-    id: VerdictId
-    name: str
-    model: str
-    version: str
-    source: str
-    by: str
-    started: datetime
-    finished: datetime
-    scored: Count
-    failed: Count
-    outliers: Count
-    expected_rate: Share
-    alpha: Share
-    has_report: bool
-
-
-class ScanPage(Reply):
-    """Scans, the newest first; `next` is the cursor of the next page, None on the last."""
-
-    scans: list[Scan]
-    next: VerdictId | None
-
-
 class Change(Reply):
     """What somebody changed."""
 

@@ -9,8 +9,6 @@ from urllib.parse import quote
 import httpx
 
 from anomaly_vae.answers import (
-    Alarm,
-    AlarmList,
     Audit,
     Change,
     Forgotten,
@@ -55,6 +53,7 @@ from anomaly_vae.asking import (
 )
 from anomaly_vae.client import Connected, answer_of
 from anomaly_vae.scan_calls import AsyncScanCalls
+from anomaly_vae.watch_answers import Alarm, AlarmList
 
 _T = TypeVar("_T")
 

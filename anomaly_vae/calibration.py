@@ -128,12 +128,12 @@ class Calibration:
         """p-values in [1/(n+1), 1] of images with `scores` of shape (images, members)."""
         columns = np.asarray(scores, np.float64).reshape(-1, len(self.scores))
         at_least = np.zeros(len(columns), np.int64)
-        for fold, column, tie in zip(self.scores, columns.T, self._ties, strict=True):
+        for fold, column, tie in zip(self.scores, columns.T, self.ties, strict=True):
             at_least += len(fold) - np.searchsorted(fold, column - tie, side="left")
         return np.asarray((1 + at_least) / (self.n + 1), np.float64)
 
     @cached_property
-    def _ties(self) -> tuple[float, ...]:
+    def ties(self) -> tuple[float, ...]:
         """For each member, the distance within which a score ties with one of its calibration scores."""
         return tuple(tie_of(fold, self.tie) for fold in self.scores)
 
@@ -160,7 +160,7 @@ class Calibration:
     def threshold(self, alpha: float, mode: Mode = "average") -> float | None:
         """An image is an outlier exactly when its score exceeds this; None with K-fold (the p-value decides)."""
         k = self.rank(alpha, mode)
-        return None if self.crossed else float(self.scores[0][-k] + self._ties[0])
+        return None if self.crossed else float(self.scores[0][-k] + self.ties[0])
 
     def promise(self, alpha: float, mode: Mode = "average") -> Promise:
         """What the verdict at `alpha` promises; see `Promise`."""

@@ -345,6 +345,7 @@ for _command in (
     scan,
     cli_looking.explore,
     cli_looking.classify,
+    cli_looking.export,
     serve,
     keys,
     store,

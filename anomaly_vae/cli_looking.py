@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from anomaly_vae.cli_common import (
+    Alpha,
     AsJson,
     BundleArgument,
     DataOverride,
@@ -40,6 +41,30 @@ def explore(
         print_json(explored.to_dict())
         return
     for line in [*explored.notes, *explored.lines()]:
+        console.say(line)
+
+
+def export(
+    bundle: BundleArgument,
+    to: Annotated[str, typer.Option(help="Format to write: onnx.")] = "onnx",
+    out: Annotated[Path | None, typer.Option(help="File to write; without it BUNDLE.onnx beside the bundle.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="How far probe images' scores may move, in quartile ranges; 0.001 unless told.")
+    ] = None,
+    alpha: Alpha = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a bundle as one ONNX file, for onnxruntime alone; checked against the bundle's own scores first."""
+    from anomaly_vae import console
+    from anomaly_vae.exporting import TOLERANCE
+    from anomaly_vae.exporting import export as run
+
+    done = run(bundle, to, out, TOLERANCE if tolerance is None else tolerance, alpha, overwrite)
+    if as_json:
+        print_json(done.to_dict())
+        return
+    for line in done.lines():
         console.say(line)
 
 

@@ -13,8 +13,6 @@ from urllib.parse import quote
 import httpx
 
 from anomaly_vae.answers import (
-    Alarm,
-    AlarmList,
     Audit,
     Change,
     Forgotten,
@@ -60,6 +58,7 @@ from anomaly_vae.asking import (
 from anomaly_vae.errors import ConfigError
 from anomaly_vae.retrying import Retries, Turns
 from anomaly_vae.scan_calls import ScanCalls
+from anomaly_vae.watch_answers import Alarm, AlarmList
 
 _T = TypeVar("_T")
 _Http = TypeVar("_Http", httpx.Client, httpx.AsyncClient)

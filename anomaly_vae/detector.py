@@ -3,7 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import repeat
 from pathlib import Path
@@ -24,6 +24,7 @@ from anomaly_vae.drift import SCORE, Reference, latent_name
 from anomaly_vae.errors import BundleError, ConfigError
 from anomaly_vae.expert import Batch
 from anomaly_vae.images import ImageSpec, decode, inside, masked
+from anomaly_vae.judgement import HEAT_FULL, Judgement, Policy, policy_of
 from anomaly_vae.member import Member
 from anomaly_vae.normals import Normals
 from anomaly_vae.packing import packed_members, unpacked_member
@@ -33,64 +34,10 @@ from anomaly_vae.spec import Spec
 
 Floats = npt.NDArray[np.float64]
 
-HEAT_FULL = 4.0
-"""Heat is in units of the normals' extreme pixels; from four of them on it is painted brightest."""
-
 _NOTHING = safetensors.numpy.save({})
 
 PROBE_TOLERANCE = 1e-3
 """How far a probe image's score may move on another device, as a share of the calibration scores' quartile range."""
-
-
-@dataclass(frozen=True)
-class Policy:
-    """When an image is an outlier, and what that promises.
-
-    `threshold`: the score above which it is one; None with K-fold calibration, where the p-value decides.
-    `expected_false_alarm_rate`, `bound` and `band` are those of `calibration.Promise`.
-    """
-
-    alpha: float
-    mode: Mode
-    threshold: float | None
-    expected_false_alarm_rate: float
-    bound: float | None
-    band: tuple[float, float] | None
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """Verdicts of a batch, as columns. Higher scores and smaller p-values are more anomalous.
-
-    `parts`: every score by name, in its own unit. `heat`: (B, H, W) or None, in a unit that 99.5% of the pixels
-    of normal images do not exceed; `heat_scale` is the heat to paint brightest. `latents`: (B, n), those that
-    `Detector.watched` names, or None.
-    """
-
-    score: list[float]
-    p_value: list[float]
-    outlier: list[bool]
-    parts: dict[str, list[float]]
-    heat: npt.NDArray[np.float32] | None
-    heat_scale: float
-    policy: Policy
-    version: str
-    latents: Floats | None = None
-
-    def __len__(self) -> int:
-        return len(self.score)
-
-    def row(self, i: int) -> dict[str, Any]:
-        """The i-th verdict as plain values, ready for JSON."""
-        return {
-            "score": self.score[i],
-            "p_value": self.p_value[i],
-            "outlier": self.outlier[i],
-            "alpha": self.policy.alpha,
-            "mode": self.policy.mode,
-            "threshold": self.policy.threshold,
-            "parts": {name: column[i] for name, column in self.parts.items()},
-        }
 
 
 class Detector:
@@ -415,13 +362,6 @@ class Description(Spec):
 def fingerprint_of(seen: npt.NDArray[np.uint64]) -> str:
     """16 hex digits that stand for a set of picture hashes, in whatever order they came."""
     return hashlib.sha256(np.sort(seen).tobytes()).hexdigest()[:16]
-
-
-def policy_of(calibration: Calibration, alpha: float | None, mode: Mode) -> Policy:
-    """The policy at `alpha` (None: the smallest supported one); raises `CalibrationError` when n is too small."""
-    alpha = calibration.smallest_alpha(mode) if alpha is None else alpha
-    promise = calibration.promise(alpha, mode)
-    return Policy(alpha, mode, calibration.threshold(alpha, mode), promise.expected, promise.bound, promise.band)
 
 
 def _calibrated_at(bundle: Bundle, path: Path) -> float:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from anomaly_vae.compiled import recorded
-from anomaly_vae.detector import Detector, Judgement
+from anomaly_vae.detector import Detector
 from anomaly_vae.errors import ConfigError
+from anomaly_vae.judgement import Judgement
 from anomaly_vae.precision import at_precision
 
 

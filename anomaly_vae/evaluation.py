@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from anomaly_vae.data import Pictures, open_pictures
-from anomaly_vae.detector import Judgement, Policy
 from anomaly_vae.engine import Engine
 from anomaly_vae.errors import DataError
+from anomaly_vae.judgement import Judgement, Policy
 from anomaly_vae.layouts import KNOWN_ANOMALIES, DataSpec
 from anomaly_vae.metrics import Detection, Localisation, detection, localisation
 

@@ -129,12 +129,19 @@ class Expert:
             return Seeing(given, self._standardised(given), None)
         seen = batch.seen_by(self.model)
         columns = _columns(self.spec, seen, self.references.of_scores) if given is None else given
-        heat = None
-        if blur is not None:
-            maps = _maps(self.spec, seen, self.references.of_scores, blur)
-            scales = torch.from_numpy(self.references.heat_scales).to(maps)
-            heat = enlarged(compressed(maps / scales[:, None, None]).mean(1), batch.images)
+        heat = None if blur is None else self._heat(seen, batch.images, blur)
         return Seeing(columns, self._standardised(columns), heat, seen.code.flatten(1))
+
+    def look(self, images: Tensor, blur: float | None) -> tuple[Tensor, Tensor | None]:
+        """`columns`, and with a `blur` the heat, of uint8 images (B, C, H, W): all in tensors."""
+        seen = Batch(images).seen_by(self.model)
+        columns = _measured(self.spec, seen, self.references.of_scores)
+        return columns, None if blur is None else self._heat(seen, images, blur)
+
+    def _heat(self, seen: Seen, images: Tensor, blur: float) -> Tensor:
+        maps = _maps(self.spec, seen, self.references.of_scores, blur)
+        scales = torch.from_numpy(self.references.heat_scales).to(maps)
+        return enlarged(compressed(maps / scales[:, None, None]).mean(1), images)
 
     def standing(self, columns: Floats) -> Floats:
         """Where scores (B, scores) stand among those of normals, as z of the same shape."""

@@ -62,12 +62,18 @@ def standardise(scores: npt.ArrayLike, scale: Floats) -> Floats:
     The gentlest of both halves and the tail, since with some dozen normals a half may by chance be so narrow that all
     beyond it looks extreme.
     """
-    s = np.asarray(scores, np.float64)
+    s, spread = np.asarray(scores, np.float64), spread_beyond(scale)
     knots, level = scale
     z = np.interp(s, knots, level)
+    z = np.where(s > knots[-1], level[-1] + (s - knots[-1]) / spread, z)
+    return np.asarray(np.where(s < knots[0], level[0] - (knots[0] - s) / spread, z), np.float64)
+
+
+def spread_beyond(scale: Floats) -> float:
+    """How much score a unit of z takes beyond the knots of `scale`; see `standardise`."""
+    knots, level = scale
     body, middle = len(_BODY) - 1, knots[_MIDDLE]
     spread = max((knots[-1] - middle) / level[-1], (middle - knots[0]) / -level[0])
     if len(knots) > len(_BODY):
         spread = max(spread, (knots[-1] - knots[body]) / (level[-1] - level[body]))
-    z = np.where(s > knots[-1], level[-1] + (s - knots[-1]) / spread, z)
-    return np.asarray(np.where(s < knots[0], level[0] - (knots[0] - s) / spread, z), np.float64)
+    return float(spread)

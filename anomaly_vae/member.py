@@ -117,7 +117,7 @@ class Member:
 
     def _judge(self, spec: DetectorSpec, batch: Batch, heat: bool, latents: Sequence[int] = ()) -> Opinion:
         """As `judge`, of what the models see."""
-        mapped, (known, code) = self._finest() if heat else set(), self._known(batch, heat)
+        mapped, (known, code) = self.finest() if heat else set(), self._known(batch, heat)
         of_experts = {
             name: [expert.judge(batch, spec.heat_blur if name in mapped else None, next(known)) for expert in experts]
             for name, experts in self.experts.items()
@@ -145,7 +145,7 @@ class Member:
         *scores, code = torch.split(found, [*sizes, found.shape[1] - sum(sizes)], 1)
         return (columns.cpu().numpy() for columns in scores), code.cpu().numpy()
 
-    def _finest(self) -> set[str]:
+    def finest(self) -> set[str]:
         """The kinds that see pictures at the finest resolution: another's map would only blur theirs."""
         pixels = {name: math.prod(experts[0].model.picture_shape[1:]) for name, experts in self.experts.items()}
         return {name for name, count in pixels.items() if count == max(pixels.values())}

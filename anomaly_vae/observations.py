@@ -149,7 +149,8 @@ class Observation:
         context = self._read[1]
         if len(codes) > _AT_ONCE or context.embedded is not None or context.maps:
             return [self._decode(z) for z in codes]
-        return list(self._decode(torch.cat(codes)).chunk(len(codes)))
+        decoded = self._decode(torch.cat(codes))
+        return list(decoded.reshape(len(codes), -1, *decoded.shape[1:]))
 
     def log_likelihoods(self, samples: int, seed: int) -> Tensor:
         """log p(x given z) in nats of each draw, (S, B): log-densities summed over pixels and channels."""

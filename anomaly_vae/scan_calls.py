@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from anomaly_vae.answers import Forgotten, Scan, ScanPage
+from anomaly_vae.answers import Forgotten
 from anomaly_vae.asking import Ask, Moment, get, page_of, post
 from anomaly_vae.errors import DataError
+from anomaly_vae.watch_answers import Scan, ScanPage
 
 _T = TypeVar("_T")
 

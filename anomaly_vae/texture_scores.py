@@ -103,7 +103,8 @@ def described(x: Tensor, cells: int) -> Tensor:
 def from_memory(points: Tensor, memory: Tensor, neighbours: int) -> Tensor:
     """Mean distance of points (N, D) from the nearest of `memory` (M, D), shape (N,)."""
     count, squares, found = min(neighbours, len(memory)), memory.square().sum(1), []
-    for some in torch.split(points, _AT_ONCE):
+    # A graph that is exported takes a batch of any size, which no number of pieces suits.
+    for some in [points] if torch.onnx.is_in_onnx_export() else torch.split(points, _AT_ONCE):
         nearest = memory[torch.topk(torch.addmm(squares, some, memory.T, alpha=-2), count, 1, largest=False).indices]
         # Anew: the difference of squares that told which they are has lost what is small.
         found.append((nearest - some[:, None]).square().sum(2).sqrt().mean(1))

@@ -49,14 +49,24 @@ class Tiling:
         Where tiles overlap their mean is weighted by the distance from each one's border: there a network knows least
         of what is around, and without seams nothing looks like an edge of a defect.
         """
-        ramp = torch.arange(self.side, device=maps.device) + 0.5
-        ramp = torch.minimum(ramp, self.side - ramp) / self.side
-        window = ramp[:, None] * ramp
-        total, weight = torch.zeros(2, *self.size, device=maps.device)
+        window, weight = self.window().to(maps.device), self.weight().to(maps.device)
+        total = torch.zeros(self.size, device=maps.device)
         for (top, left), one in zip(self.corners.tolist(), maps.float(), strict=True):
             self._at(total, top, left).add_(window * one)
-            self._at(weight, top, left).add_(window)
         return torch.where(weight > 0, total / weight, total)
+
+    def window(self) -> Tensor:
+        """How much each pixel of a tile counts, (side, side)."""
+        ramp = torch.arange(self.side) + 0.5
+        ramp = torch.minimum(ramp, self.side - ramp) / self.side
+        return ramp[:, None] * ramp
+
+    def weight(self) -> Tensor:
+        """How much all tiles count together at each pixel of the picture, (H, W)."""
+        found = torch.zeros(self.size)
+        for top, left in self.corners.tolist():
+            self._at(found, top, left).add_(self.window())
+        return found
 
     def drawn(self, images: Tensor, generator: Generator) -> Tensor:
         """One tile (C, side, side) by chance of each image (B, C, H, W).

@@ -17,7 +17,7 @@ from anomaly_vae.bundle import check_place
 from anomaly_vae.calibration import Calibration
 from anomaly_vae.checkpointing import close_work, identity, open_work
 from anomaly_vae.data import Pictures, open_pictures, suggest_image_spec, survey
-from anomaly_vae.detector import Detector, policy_of
+from anomaly_vae.detector import Detector
 from anomaly_vae.dividing import (
     Indices,
     Part,
@@ -32,6 +32,7 @@ from anomaly_vae.errors import ConfigError
 from anomaly_vae.fabric import make_fabric
 from anomaly_vae.fitting import Fitted, Fitting, Progress
 from anomaly_vae.images import ImageSpec
+from anomaly_vae.judgement import policy_of
 from anomaly_vae.known import Known, open_known
 from anomaly_vae.member import Batch, Batches, Member, member_opinions
 from anomaly_vae.model import AutoEncoder

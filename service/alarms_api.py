@@ -7,8 +7,8 @@ from typing import Any
 from flask import Response
 from sqlalchemy import RowMapping
 
-from anomaly_vae.answers import Alarm, AlarmList
 from anomaly_vae.drift import BLOCK, EVIDENCE, LEAST_EFFECT, SCORE, WINDOWS, RateAlarm
+from anomaly_vae.watch_answers import Alarm, AlarmList
 from service.alarms import KINDS, Alarms, Kind, NotRaised, UnknownAlarm, name_of
 from service.bodies import answer, moment, who
 from service.errors import Problem

@@ -104,7 +104,7 @@ def create_app(
     """
     keyring = Keyring(settings.keys) if settings.keys else None
     stands, registry = readiness or Readiness(), registry or CollectorRegistry()
-    metrics = Metrics(registry, settings.source)
+    metrics = Metrics(registry, settings.source, settings.base_rates)
     watching = Watching(store.database, registry, settings.base_rates) if store else None
     recorder = _recorder(store, settings, metrics, watching)
 

@@ -70,21 +70,17 @@ def install(
 
     @app.after_request
     def end(response: Response) -> Response:
+        if request.method == "GET" and response.mimetype == "application/json" and response.status_code == 200:
+            # Who asks every few seconds is told so when nothing has changed.
+            response.add_etag(weak=True)
+            response.make_conditional(request)
         route = request.url_rule.rule if request.url_rule else "unmatched"
         seconds = time.monotonic() - g.started
         size, key = request.content_length, g.get("key")
         log_request(metrics, g.request_id, request.method, route, response.status_code, seconds, size, key)
         response.headers["X-Request-Id"] = g.request_id
-        for name, value in HEADERS.items() if not request.is_secure else [*HEADERS.items(), *TLS_HEADERS.items()]:
-            response.headers.setdefault(name, value)
-        if (
-            request.method == "GET"
-            and response.mimetype == "application/json"
-            and response.status_code == HTTPStatus.OK
-        ):
-            # Who asks every few seconds is told so when nothing has changed.
-            response.add_etag(weak=True)
-            response.make_conditional(request)
+        for header, value in HEADERS.items() if not request.is_secure else [*HEADERS.items(), *TLS_HEADERS.items()]:
+            response.headers.setdefault(header, value)
         return response
 
     _answer_errors(app, metrics)

@@ -1,7 +1,7 @@
 """`Metrics`: what Prometheus sees, on a registry that is handed in; every label has few values, all known here."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -30,9 +30,14 @@ REJECTIONS = (
 
 
 class Metrics:
-    """Counters of one process that serves one device. `source` names where its pictures come from."""
+    """Counters of one process that serves one device. `source` names where its pictures come from, unless a key does.
 
-    def __init__(self, registry: CollectorRegistry, source: str = "default") -> None:
+    `base_rates`: outlier ratios that are declared of sources.
+    """
+
+    def __init__(
+        self, registry: CollectorRegistry, source: str = "default", base_rates: Mapping[str, float] | None = None
+    ) -> None:
         self.registry = registry
         self._source = source
         self._versions: dict[str, str] = {}
@@ -43,6 +48,9 @@ class Metrics:
         self._declare_traffic(registry)
         self._declare_verdicts(registry)
         self._declare_store(registry)
+        base = Gauge("anomaly_base_outlier_ratio", "Outlier ratio declared of a source", ["source"], registry=registry)
+        for name, rate in (base_rates or {}).items():
+            base.labels(name).set(rate)
         # A metric looks its labels up under a lock each time; these are asked for at every request.
         self._of_stage = {stage: self._stages.labels(stage) for stage in STAGES}
         self._of_answer: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
@@ -140,7 +148,8 @@ class Metrics:
         self._ratios.pop((model, version), None)
         if self._versions.get(model) == version:
             del self._versions[model]
-            self._info.remove(model, version)
+            for gauge in (self._info, self._calibrated, self._normals):
+                gauge.remove(model, version)
         for labels in [labels for labels in list(self._sources) if labels[:2] == (model, version)]:
             self._scored_by_gone += self._count(labels)
             del self._sources[labels]

@@ -222,25 +222,25 @@ class Models:
         if not self.loaded(name):
             self.pick(name)
         with self._changing:
-            if version is None:
-                gone = self._retired(name, by)
-            else:
-                chosen = self._that_is(name, version)
-                if chosen not in self._shelf.idle(name):
-                    message = f"{chosen.version} is what {name} answers by; activate another version first"
-                    raise Problem(HTTPStatus.CONFLICT, "in_use", message)
-                self._kept(lambda: self.decisions.retire(name, chosen.version, by, self._versions(name)))
-                gone = [chosen]
-                self._shelf.drop(name, gone)
-        memory.release()
-        return [one.version for one in gone]
+            gone = self._model_retired(name, by) if version is None else self._version_retired(name, version, by)
+        memory.release()  # now that nothing here holds any of it
+        return gone
 
-    def _retired(self, name: str, by: str) -> list[Served]:
+    def _version_retired(self, name: str, version: str, by: str) -> list[str]:
+        chosen = self._that_is(name, version)
+        if chosen not in self._shelf.idle(name):
+            message = f"{chosen.version} is what {name} answers by; activate another version first"
+            raise Problem(HTTPStatus.CONFLICT, "in_use", message)
+        self._kept(lambda: self.decisions.retire(name, chosen.version, by, self._versions(name)))
+        self._shelf.drop(name, [chosen])
+        return [chosen.version]
+
+    def _model_retired(self, name: str, by: str) -> list[str]:
         if name == self.first:
             message = f"{name} is the command line's model, which answers where none is named, and cannot be retired"
             raise Problem(HTTPStatus.CONFLICT, "in_use", message)
-        gone = self.loaded(name)
-        self._kept(lambda: self.decisions.retire(name, None, by, self._versions(name)))
+        gone = self._versions(name)
+        self._kept(lambda: self.decisions.retire(name, None, by, gone))
         self._shelf.end(name)
         return gone
 

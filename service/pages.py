@@ -47,7 +47,6 @@ class WebPages:
         self._sessions, self._usage, self._files = sessions, usage, StaticFiles()
         rules = set(rules)
         self._features = {
-            "secured": sessions is not None,
             "verdicts": "/v1/verdicts" in rules,
             "alarms": "/v1/alarms" in rules,
             "scans": "/v1/scans" in rules,

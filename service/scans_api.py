@@ -6,7 +6,8 @@ from typing import Any
 from flask import Response, g, request
 from sqlalchemy import RowMapping
 
-from anomaly_vae.answers import Forgotten, Scan, ScanPage
+from anomaly_vae.answers import Forgotten
+from anomaly_vae.watch_answers import Scan, ScanPage
 from service import ids
 from service.asked import ScansWanted, ScanWanted
 from service.bodies import answer, body_of, moment, query_of, who

@@ -13,8 +13,9 @@ from anomaly_vae import ConfigError
 from service import counting, ids
 from service.database import Database, is_mistake, or_add, reason_of
 from service.kinds import Kinds, key_of, last_of, newest
+from service.migrations import migrate
 from service.records import Kept, Record, Wanted
-from service.schema import FEEDBACK, PICTURE_BYTES, PICTURES, REVIEWS, VERDICTS, migrate
+from service.schema import FEEDBACK, PICTURE_BYTES, PICTURES, REVIEWS, VERDICTS
 
 __all__ = ["Beside", "Kept", "Record", "Store", "Wanted"]
 

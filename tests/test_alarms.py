@@ -4,6 +4,7 @@ import io
 import json
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,15 +13,18 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 from serving import running
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 from test_service_store import until
 from test_store import NOON, made, record
 
 from anomaly_vae import Client, Detector, ServiceError, answers
 from anomaly_vae.drift import Reference, Tolerated
 from service import ids
-from service.alarms import Alarms, NotRaised, UnknownAlarm, Watch, begin_anew
-from service.schema import AUDIT
+from service.alarms import Alarms, NotRaised, UnknownAlarm, Watch, begin_anew, name_of
+from service.alarms_api import AlarmPages
+from service.decisions import Activation, Decisions, PolicyChoice, Recalibration
+from service.keys import Role
+from service.schema import ALARMS, AUDIT
 from service.store import Store, Wanted
 
 
@@ -235,6 +239,49 @@ def test_a_later_policy_begins_anew_and_an_earlier_one_no_longer_counts(store) -
     assert alarms.rows() == []
 
 
+@pytest.mark.parametrize("decide", [
+    lambda book: book.set_policy("m", PolicyChoice(alpha=0.1), "me", None, None),
+    lambda book: book.activate("m", Activation("b", "v1"), "me", None, None),
+    lambda book: book.recalibrate("m", Recalibration("v1", "v2", None), "me", None, None),
+], ids=["policy", "activation", "recalibration"])  # fmt: skip
+def test_every_decision_on_a_model_begins_its_alarms_anew_and_no_others(store, decide) -> None:
+    alarms = watching(store)
+    alarms.in_force("other", "v1", 0, Watch(REFERENCE, (), Tolerated(0.1, 0.01, True), {}))
+    store.write([*made(30), *made(20, NOON + 100, source="line-2"), *made(10, NOON + 200, model="other")], alarms.count)
+    assert len(alarms.rows()) == 3
+    decide(Decisions(store.database))
+    assert [row["model"] for row in alarms.rows()] == ["other"]
+
+
+def test_many_writers_at_once_lose_no_verdict(store, store_place) -> None:
+    def write(worker: int) -> None:
+        own = Store(store_place)
+        alarms = watching(own)
+        for i in range(8):
+            own.write([record(ids.first_at(NOON + i) + 10 * worker + k) for k in range(5)], alarms.count)
+        own.close()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    assert state(watching(store))["images"] == 4 * 8 * 5
+
+
+def test_a_state_that_cannot_be_read_begins_anew(store, caplog) -> None:
+    alarms = watching(store)
+    store.write(made(30), alarms.count)
+    with store.database.writing() as connection:
+        connection.execute(update(ALARMS).values(sums=b"odd"))
+    store.write(made(7, NOON + 100), alarms.count)
+    assert state(alarms)["images"] == 7
+    assert "cannot be read" in caplog.text
+
+
+def test_who_may_see_and_who_may_acknowledge(store) -> None:
+    assert {route.view.__name__: route.role for route in AlarmPages(watching(store)).routes()} == {
+        "alarms": Role.READ, "acknowledge": Role.ADMIN,
+    }  # fmt: skip
+
+
 def test_another_base_rate_begins_anew(store) -> None:
     alarms = watching(store)
     store.write(made(30), alarms.count)
@@ -264,8 +311,6 @@ def test_only_what_is_raised_is_acknowledged_and_that_once(store) -> None:
     store.write([record(ids.first_at(NOON) + i, p_value=0.01) for i in range(60)], alarms.count)
     with pytest.raises(UnknownAlarm):
         alarms.acknowledge("0" * 16, "me")
-    from service.alarms import name_of
-
     (row,) = alarms.rows()
     assert row["rate_raised"] == pytest.approx(NOON, abs=1)
     after, kind = alarms.acknowledge(name_of(row, "rate"), "me")

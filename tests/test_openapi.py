@@ -19,7 +19,7 @@ import pytest
 from archiving import tarred
 from serving import Server, running
 
-from anomaly_vae import answers
+from anomaly_vae import answers, watch_answers
 from anomaly_vae.images import BAD_IMAGE_CODES
 from service.asked import ScanWanted
 from service.codes import CODES
@@ -60,7 +60,8 @@ class Checked:
             assert reply.headers[header]
         reference = said["content"][kind]["schema"].get("$ref")
         if reference:
-            type_ = getattr(answers, reference.rpartition("/")[2])
+            name = reference.rpartition("/")[2]
+            type_ = getattr(answers, name, None) or getattr(watch_answers, name)
             type_.model_validate_json(reply.content, strict=True, extra="forbid")
         if status >= 400:
             code = reply.json()["error"]["code"]

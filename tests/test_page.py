@@ -383,7 +383,8 @@ def test_signing_in_by_role_and_out(browser: Browser, tiny_bundle: Path, tmp_pat
         page.goto(f"{server.url}/#score")
         page.set_input_files("#files", pictures["8"][0])
         expect(page.locator("#scored .badge").first).to_be_visible()
-        assert found.complaints == []
+        # What was under way when somebody signed out is refused.
+        assert all("401" in one for one in found.complaints)
         KeyFile(keys=tuple(keys[:2])).write(place)
         expect(page.get_by_label("API key")).to_be_visible()
 
@@ -405,6 +406,32 @@ def test_alarms_are_shown_and_acknowledged(view: Watched, server: Server, pictur
     expect(page.locator(".alarm")).to_have_count(before - 1)
     left = {one["id"]: one["raised"] for one in httpx.get(f"{server.url}/v1/alarms").json()["alarms"]}
     assert left[name] is False
+
+
+def test_scans_are_listed_with_their_reports(view: Watched, server: Server):
+    if "/v1/scans" not in httpx.get(f"{server.url}/openapi.json").json()["paths"]:
+        pytest.skip("this service keeps no scans")
+    model = httpx.get(f"{server.url}/v1/models").json()["models"][0]
+    told = {
+        "name": "monday <line 3>", "model": model["name"], "version": model["version"], "alpha": 0.05,
+        "started": "2026-01-31T06:00:00Z", "finished": "2026-01-31T06:12:30Z",
+        "scored": 4000, "failed": 2, "outliers": 51, "expected_rate": 0.01,
+    }  # fmt: skip
+    scan = httpx.post(f"{server.url}/v1/scans", json=told).raise_for_status().json()
+    httpx.post(f"{server.url}/v1/scans", json={**told, "name": "bare"}).raise_for_status()
+    report = {"content": b"<!doctype html><title>r</title><h1>All of it</h1>", "headers": {"Content-Type": "text/html"}}
+    httpx.put(f"{server.url}/v1/scans/{scan['id']}/report", **report).raise_for_status()
+    page = shown(view.page, server, "scans")
+    rows = page.locator("#scans tbody tr")
+    expect(rows).to_have_count(2)
+    expect(rows.filter(has_text="bare").get_by_role("link")).to_have_count(0)
+    row = rows.filter(has_text="monday <line 3>")
+    for words in ("4,000", "51 (1.3%)", "1%", model["version"]):
+        expect(row).to_contain_text(words)
+    assert_clean(page, "scans")
+    with page.context.expect_page() as opened:
+        row.get_by_role("link", name="Report").click()
+    expect(opened.value.get_by_role("heading", name="All of it")).to_be_visible()
 
 
 def test_a_service_that_does_not_answer_is_told_until_it_does(view: Watched, server: Server):

@@ -16,8 +16,8 @@ from service.keys import KeyFile, Role, made
 
 DASHBOARDS = Path(__file__).parent.parent / "deploy" / "grafana" / "dashboards"
 VARIABLES = {"$job": ".*", "$model": ".*", "$source": ".*", "$instance": ".*", "$__rate_interval": "1h"}
-# What only another exporter, or only a service whose sequential alarms have begun to watch, has.
-ELSEWHERE = re.compile(r"DCGM_|anomaly_rate_alarm_evidence|anomaly_shift_effect|anomaly_alarm_raised")
+# What only another exporter has.
+ELSEWHERE = re.compile(r"DCGM_")
 
 
 @dataclass
@@ -40,7 +40,7 @@ def watched(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     folder = tmp_path_factory.mktemp("prometheus")
     keys = {source: made(source, Role.READ, source=source) for source in ("line-1", "line-2")}
     KeyFile(keys=tuple(key for key, _ in keys.values())).write(folder / "keys.yaml")
-    settings = f"keys={folder}/keys.yaml", f"store={folder}/store.sqlite", "model=digits"
+    settings = f"keys={folder}/keys.yaml", f"store={folder}/store.sqlite", "model=digits", "base_rates={line-9: 0.04}"
     with running(tiny_bundle, *settings) as service, prometheus(folder, service.health.split("//")[1]) as server:
         clients = {
             source: httpx.Client(base_url=service.url, headers={"Authorization": f"Bearer {secret}"}, timeout=60)
@@ -72,6 +72,11 @@ def test_the_alert_fires_for_the_source_with_odd_pictures_alone(watched: Watched
         assert time.monotonic() < until + 60, watched.server.query("ALERTS")
     (found,) = watched.server.wait_for("AnomalyOutlierRateHigh")
     assert found.items() >= {"job": "anomaly-vae", "model": "digits", "source": "line-2"}.items()
+
+
+def test_what_a_source_is_known_to_hold_is_told(watched: Watched) -> None:
+    (found,) = watched.server.query("anomaly_base_outlier_ratio")
+    assert (found["metric"]["source"], float(found["value"][1])) == ("line-9", 0.04)
 
 
 def test_every_rule_is_evaluated_without_an_error(watched: Watched) -> None:

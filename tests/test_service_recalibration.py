@@ -11,7 +11,7 @@ from test_service_store import altered, until
 
 from anomaly_vae import Detector, answers, content_hash
 from anomaly_vae.training import train
-from service import schema
+from service import migrations
 from service.store import Store
 
 
@@ -192,7 +192,7 @@ def test_an_older_store_is_brought_up_to_date_and_its_recalibration_stands(folde
 
 def _widening() -> int:
     """The number of the step that widens tables."""
-    return 1 + next(i for i, step in enumerate(schema.STEPS) if "_widen" in step.__qualname__)
+    return 1 + next(i for i, step in enumerate(migrations.STEPS) if "_widen" in step.__qualname__)
 
 
 def test_a_forgotten_pictures_hash_is_forgotten_too(folder, tmp_path, normals) -> None:

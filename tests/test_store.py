@@ -14,7 +14,7 @@ from sqlalchemy import insert, text
 from sqlalchemy.exc import IntegrityError
 
 from anomaly_vae import ConfigError
-from service import counting, first_schema, ids, schema
+from service import counting, first_schema, ids, migrations, schema
 from service.ids import Ids
 from service.looking import Look
 from service.reviewing import Reviews
@@ -232,12 +232,12 @@ def filled_as_at_first(store, records):
 
 
 def test_an_older_store_is_brought_up_to_date_once_and_a_newer_one_is_refused(store_place, tmp_path, monkeypatch):
-    steps = schema.STEPS
-    monkeypatch.setattr(schema, "STEPS", steps[:2])
+    steps = migrations.STEPS
+    monkeypatch.setattr(migrations, "STEPS", steps[:2])
     old, records = Store(store_place), made(300) + made(40, NOON + 7000, source="line-2", model="n", png=PNG)
     filled_as_at_first(old, records)
     old.close()
-    monkeypatch.setattr(schema, "STEPS", steps)
+    monkeypatch.setattr(migrations, "STEPS", steps)
     fresh = Store(str(tmp_path / "fresh.sqlite"))
     fresh.write(records)
     for _ in range(2):
@@ -256,7 +256,7 @@ def test_an_older_store_is_brought_up_to_date_once_and_a_newer_one_is_refused(st
             assert numbers == [*range(1, len(steps) + 1)]
             assert connection.scalar(text("SELECT count(*) FROM policies")) == 0
         new.close()
-    monkeypatch.setattr(schema, "STEPS", steps[:1])
+    monkeypatch.setattr(migrations, "STEPS", steps[:1])
     with pytest.raises(ConfigError, match=f"version {len(steps)}, and this program knows up to 1; update the program"):
         Store(store_place)
 
@@ -278,9 +278,9 @@ def test_a_backup_made_in_use_is_a_whole_store(tmp_path):
 
 
 def test_a_backup_by_a_newer_program_changes_nothing_in_the_source_and_is_of_the_same_version(tmp_path, monkeypatch):
-    place, copy, steps = tmp_path / "s.sqlite", tmp_path / "copy.sqlite", schema.STEPS
+    place, copy, steps = tmp_path / "s.sqlite", tmp_path / "copy.sqlite", migrations.STEPS
     with monkeypatch.context() as patch:
-        patch.setattr(schema, "STEPS", steps[:2])
+        patch.setattr(migrations, "STEPS", steps[:2])
         old = Store(str(place))
         filled_as_at_first(old, made(40, png=PNG))
         old.close()

@@ -14,6 +14,7 @@ BY_SOURCE = "{{model}} {{version}} {{source}}"
 
 RATIO = f"job_model_version_source:anomaly_outliers:ratio_rate30m{OF_SOURCE}"
 EXPECTED = f"job_model_version_source:anomaly_expected_outlier_ratio:max{OF_SOURCE}"
+TOLERATED = f"job_model_version_source:anomaly_tolerated_outlier_ratio:max{OF_SOURCE}"
 ERROR = f"job_model_version_source:anomaly_outliers:standard_error30m{OF_SOURCE}"
 SCORED = f"anomaly_images_scored_total{OF_SOURCE}"
 OUTLIERS = f"anomaly_outliers_total{OF_SOURCE}"
@@ -48,8 +49,8 @@ def _now() -> list[Json]:
         number("Outliers, 24 h", f"sum(increase({OUTLIERS}[1d]))", "By the policy in force when they came."),
         number("Outlier rate, 24 h", f"sum(increase({OUTLIERS}[1d])) / (sum(increase({SCORED}[1d])) > 0)",
                "Of all chosen models and sources together.", "percentunit"),
-        number("Largest excess", f"max(({RATIO} - {EXPECTED}) / {ERROR})",
-               "Standard errors above expectation, of the source that has most; alerts fire from 5 on.", "none",
+        number("Largest excess", f"max(({RATIO} - {TOLERATED}) / {ERROR})",
+               "Standard errors above what is tolerated, of the source that has most; alerts fire from 5 on.", "none",
                steps((None, "green"), (3, "orange"), (5, "red"))),
         number("Oldest calibration", f"max(job_model_version:anomaly_calibration_age_seconds:max{OF_MODEL})",
                "Since the normals that rank verdicts were scored.", "s",
@@ -62,17 +63,17 @@ def _rates() -> list[Json]:
     band = [
         query(RATIO, "rate {{model}} {{version}}"),
         query(EXPECTED, "expected {{model}} {{version}}"),
-        query(f"max({EXPECTED} + 5 * {ERROR})", upper),
+        query(f"max({TOLERATED} + 5 * {ERROR})", upper),
         query(f"min(clamp_min({EXPECTED} - 5 * {ERROR}, 0))", lower),
     ]
-    excess = f"({RATIO} - {EXPECTED}) / {ERROR}"
+    excess = f"({RATIO} - {TOLERATED}) / {ERROR}"
     return [
         lines("Outlier rate of $source, 30 minutes", band,
               "The band is what chance and the calibration can explain: five standard errors around the expectation. "
               "With several models it is the widest.",
               "percentunit", overrides=fill_between(upper, lower), repeat="source", repeatDirection="h", maxPerRow=3),
-        lines("Excess over expectation", [query(excess, BY_SOURCE)],
-              "(rate - expected) / standard error, of the last 30 minutes.", "none",
+        lines("Excess over what is tolerated", [query(excess, BY_SOURCE)],
+              "(rate - expected, or declared of the source) / standard error, of the last 30 minutes.", "none",
               steps((None, "green"), (5, "red"))),
         lines("Pictures", [query(f"sum by (model, source) (rate({SCORED}[$__rate_interval]))", "{{model}} {{source}}")],
               "Scored a second. Below 50 in half an hour no rate is judged.", "ops"),

@@ -2,6 +2,7 @@
 
 const HEADERS = { "X-Asked-By": "page" };
 const MOST_REMEMBERED = 60;
+const PATIENCE = 30_000;
 const remembered = new Map();
 
 /** The service said no: `code` is stable, the message is for people. Status 0: there was no answer. */
@@ -24,7 +25,8 @@ export function address(path, query = {}) {
 export async function get(path, query) {
   const where = address(path, query);
   const before = remembered.get(where);
-  const answer = await reached(where, { headers: before ? { ...HEADERS, "If-None-Match": before.tag } : HEADERS });
+  const headers = before ? { ...HEADERS, "If-None-Match": before.tag } : HEADERS;
+  const answer = await reached(where, { headers, signal: AbortSignal.timeout(PATIENCE) });
   if (answer.status === 304) return before.value;
   const value = await read(answer);
   remembered.delete(where);

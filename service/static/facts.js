@@ -45,7 +45,7 @@ export function explanation(why) {
   if (!why) return null;
   const odd = why.latents.map((one) => [`${one.index}`, figure(one.value), `${figure(one.deviations)} σ`]);
   return el("section", {}, el("h3", {}, "Explanation"),
-    why.nearest_normal ? el("p", {}, "Most similar normal picture: ", el("code", {}, why.nearest_normal.name ?? "(not named)"), ` (distance ${figure(why.nearest_normal.distance)})`) : null,
+    why.nearest_normal ? el("p", {}, "Most similar normal picture: ", el("code", {}, why.nearest_normal.name ?? why.nearest_normal.id), ` (distance ${figure(why.nearest_normal.distance)})`) : null,
     odd.length ? table("Numbers of the code that lie far from normal ones", ["Number of the code", "Value", "From normal"], odd, { class: "numbers" })
       : el("p", { class: "muted" }, `None of the numbers of its code lies far from normal ones.`));
 }

@@ -7,6 +7,8 @@ import { editor } from "./policy.js";
 import { features, learnModels, may, offerChoices, state } from "./state.js";
 
 const DAY = 86400;
+const LAST = 200;
+const LIVE = { day: lastDay, judged };
 let before;
 
 async function lastDay({ name, policy }) {
@@ -18,6 +20,15 @@ async function lastDay({ name, policy }) {
   if (!scored) return "no pictures";
   const expected = buckets.reduce((total, one) => total + one.expected_rate * one.scored, 0) / scored;
   return held(sum("outliers"), scored, wilson(sum("outliers"), scored), expected, policy.band);
+}
+
+/** What people said of its last outliers. */
+async function judged({ name }) {
+  if (!features.verdicts || !may("read")) return null;
+  const { verdicts } = await get("v1/verdicts", { model: name, outlier: true, limit: LAST });
+  const said = (label) => verdicts.filter((one) => one.feedback?.label === label).length;
+  if (!verdicts.length) return "no outliers";
+  return `${count(said("confirmed"))} confirmed, ${count(said("false_alarm"))} false alarms of the last ${count(verdicts.length)} outliers`;
 }
 
 function promised(policy) {
@@ -64,16 +75,16 @@ function actions(model, wrong) {
 
 function panel(model) {
   const wrong = el("p", { class: "wrong", role: "alert" });
-  const day = el("dd", { "data-day": model.name }, "–");
+  const [day, said] = Object.keys(LIVE).map((name) => el("dd", { "data-live": name }, "–"));
   const { policy, image } = model;
   const facts = [
     ["Version", [el("code", {}, model.version), model.version === model.base_version ? "" : ` (recalibrated; the bundle's own is ${model.base_version})`]],
     ["Bundle", model.bundle], ["Pictures", `${image.width} × ${image.height}, ${image.channels === 1 ? "grey" : "colour"}, ${image.fit}`],
-    ["Calibrated by", `${count(model.n)} normal pictures`], ["Expected false alarms", promised(policy)], ["Outliers, last 24 hours", day],
+    ["Calibrated by", `${count(model.n)} normal pictures`], ["Expected false alarms", promised(policy)], ["Outliers, last 24 hours", day], ["Feedback", said],
   ];
   return el("article", { class: "panel", "data-model": model.name, "aria-labelledby": `model-${model.name}` },
     el("div", { class: "heading" }, el("h2", { id: `model-${model.name}` }, model.name), model.default ? el("span", { class: "muted" }, "answers unless another is named") : null),
-    el("dl", { class: "facts wide" }, facts.map(([name, value]) => el("div", {}, el("dt", {}, name), value === day ? day : el("dd", {}, value)))),
+    el("dl", { class: "facts wide" }, facts.map(([name, value]) => el("div", {}, el("dt", {}, name), value instanceof HTMLElement ? value : el("dd", {}, value)))),
     el("h3", {}, "Loaded versions"), versions(model, wrong), actions(model, wrong), wrong,
     may("read") && features.verdicts ? editor(model, () => refresh(true)) : null);
 }
@@ -85,7 +96,10 @@ export async function refresh(again = false) {
     before = JSON.stringify(found);
     fill(find("models"), found.models.map(panel));
   }
-  for (const day of document.querySelectorAll("[data-day]")) day.textContent = (await lastDay(found.models.find((one) => one.name === day.dataset.day))) ?? "–";
+  for (const place of document.querySelectorAll("[data-live]")) {
+    const model = found.models.find((one) => one.name === place.closest("[data-model]").dataset.model);
+    place.textContent = (await LIVE[place.dataset.live](model)) ?? "–";
+  }
 }
 
 export function begin() {}

@@ -1,15 +1,14 @@
 // The list of verdicts, the newest first, outliers unless all are wanted.
 
-import { get } from "./api.js";
+import { address, get } from "./api.js";
 import { find, tell } from "./dom.js";
 import { state } from "./state.js";
 import { Cards } from "./verdicts.js";
 
-const PAGE = 24;
+const [PAGE, MOST_PAGES] = [24, 40];
 const form = find("filter");
 const older = find("older");
 const cards = new Cards(find("verdicts"), () => "Nothing here. Outliers appear as soon as pictures are scored.");
-let next = null;
 let pages = 1;
 let newest = null;
 
@@ -18,6 +17,7 @@ const asked = () => ({
 });
 
 export async function refresh() {
+  find("export").href = address("v1/verdicts", { ...asked(), format: "csv" });
   // What was asked for by hand stays; what is new comes on top.
   const found = await get("v1/verdicts", { ...asked(), limit: PAGE * pages });
   found.verdicts.forEach((one) => state.sources.add(one.source));
@@ -25,8 +25,7 @@ export async function refresh() {
   newest = found.verdicts[0]?.id ?? "";
   cards.show(found.verdicts);
   if (fresh) tell(`${fresh} new`);
-  next = found.next;
-  older.hidden = next === null;
+  older.hidden = found.next === null || pages >= MOST_PAGES;
 }
 
 export function begin() {

@@ -45,7 +45,10 @@ export function editor(model, changed) {
   async function preview(event) {
     event.preventDefault();
     const choice = wanted();
-    if (choice === null) return fill(outcome, el("p", { class: "wrong" }, "Give a number."));
+    if (choice === null) {
+      fill(outcome, el("p", { class: "wrong" }, "Give a number."));
+      return;
+    }
     try {
       const found = await send("POST", `v1/models/${model.name}/policy:preview`, choice);
       tried = choice;
@@ -53,7 +56,6 @@ export function editor(model, changed) {
     } catch (error) {
       fill(outcome, el("p", { class: "wrong" }, error.message));
     }
-    return undefined;
   }
 
   function told(found) {

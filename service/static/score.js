@@ -39,12 +39,12 @@ function shown(file, result, model, of) {
   const image = model?.image;
   const placed = sizeOf(source).then((size) => size && { regions: result.regions ?? [], width: size[0], height: size[1] });
   // An overlay is drawn on the picture as it was sent, other heat maps on what the model saw of it.
-  const drawn = features.overlay || !image ? {} : { fit: image.fit, shape: [image.width, image.height] };
+  const drawn = features.overlay ? { drawnOn: "picture" } : { shape: image && [image.width, image.height] };
   const others = result.reconstruction_png ? [[asData(result.reconstruction_png), "reconstruction"]] : [];
   return [
     el("div", { class: "heading" }, el("h2", {}, file.name || "pasted picture"), badge(result.outlier)),
     el("div", { class: "inside" },
-      layered({ picture: source, heat: asData(result.heatmap_png), others, alt: `The picture ${file.name || "pasted"}`, regions: placed, ...drawn }),
+      layered({ picture: source, heat: asData(result.heatmap_png), others, alt: `The picture ${file.name || "pasted"}`, regions: placed, fit: image?.fit, ...drawn }),
       el("div", {}, numbers(result), el("p", { class: "muted" }, `${of.name} ${of.version} · `, el("code", {}, result.id)),
         regions(result.regions), parts(result.parts, result.explanation?.percentiles), explanation(result.explanation))),
   ];
@@ -63,7 +63,10 @@ async function score(files) {
       fill(place, el("h2", {}, file.name || "pasted picture"), el("p", { class: "wrong" }, error.message));
     }
     find("scored").prepend(place);
-    while (find("scored").children.length > MOST) find("scored").lastChild.remove();
+    while (find("scored").children.length > MOST) {
+      URL.revokeObjectURL(find("scored").lastChild.querySelector(".below")?.src);
+      find("scored").lastChild.remove();
+    }
   }
   find("scoring").textContent = `${files.length === 1 ? "One picture" : `${files.length} pictures`} done: ${outliers} ${outliers === 1 ? "outlier" : "outliers"}.`;
 }

@@ -13,7 +13,8 @@ export const may = (role) => (RANKS[state.session?.role] ?? 0) >= RANKS[role];
 
 export async function learnModels() {
   const found = await get("v1/models");
-  state.models = found.models;
+  // The one that answers unless another is named comes first.
+  state.models = found.models.toSorted((one, other) => other.default - one.default);
   state.bundles = found.bundles;
   return found;
 }

@@ -66,7 +66,10 @@ export class Cards {
       const [known, made] = before.get(one.id) ?? [];
       return made && JSON.stringify(known) === JSON.stringify(one) ? made : card(one, this);
     });
-    if (!cards.length) return fill(this.place, el("li", { class: "empty" }, this.empty()));
+    if (!cards.length) {
+      fill(this.place, el("li", { class: "empty" }, this.empty()));
+      return;
+    }
     const focused = document.activeElement?.closest?.("[data-id]") && this.place.contains(document.activeElement) ? document.activeElement : null;
     const [id, label] = [focused?.closest("[data-id]").dataset.id, focused?.dataset.label];
     if (cards.length !== this.place.children.length || cards.some((one, k) => one !== this.place.children[k])) this.place.replaceChildren(...cards);
@@ -74,7 +77,6 @@ export class Cards {
       const again = cards.find((one) => one.dataset.id === id);
       again?.querySelector(label ? `[data-label="${label}"]` : ".thumb")?.focus();
     }
-    return undefined;
   }
 
   changed(verdict) {
