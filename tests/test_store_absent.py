@@ -7,13 +7,14 @@ import sys
 import time
 
 import httpx
+import numpy as np
 import pytest
 from conftest import write_digits
 from serving import running
 
 from anomaly_vae import Detector
 from service import migrations
-from service.decisions import Decisions, Recalibration
+from service.decisions import Decisions, Recalibration, Sample
 from service.store import Store, Wanted
 
 
@@ -78,11 +79,12 @@ def test_what_was_decided_before_is_in_force_when_the_database_returns(tiny_bund
         body = {"bundle": "other", "activate": True}
         client.post("/v1/models/second:load", json=body).raise_for_status()
         store = Store(url)
-        made = detector.recalibrated(scores * 1.01)
-        choice = Recalibration(detector.version, made.version, scores * 1.01)
+        sample = Sample(scores * 1.01, np.empty(0, np.uint64))
+        made = detector.recalibrated(sample.scores, sample.seen, sample.independent)
+        choice = Recalibration(detector.version, made.version, sample)
         Decisions(store.database).recalibrate("first", choice, "ann", None, None)
         store.close()
-        until(lambda: client.get("/v1/models/first").json()["version"] == made.version)
+        until(lambda: client.get("/v1/models/first").json()["version"] != detector.version)
         before = client.get("/v1/models").json()["models"]
     postgres_server.stop()
     try:
