@@ -17,8 +17,9 @@ from sqlalchemy import func, select, update
 from test_service_store import until
 from test_store import NOON, made, record
 
-from anomaly_vae import Client, Detector, ServiceError, answers
+from anomaly_vae import Client, Detector, ServiceError
 from anomaly_vae.drift import Reference, Tolerated
+from anomaly_vae.watch_answers import Alarm
 from service import ids
 from service.alarms import Alarms, NotRaised, UnknownAlarm, Watch, begin_anew, name_of
 from service.alarms_api import AlarmPages
@@ -62,10 +63,10 @@ def send(client: Client, pictures: list[bytes]) -> None:
         client.score(*((f"{i}.png", data) for i, data in enumerate(pictures[start : start + 32])))
 
 
-def seen(client: Client, images: int, kind: str = "rate") -> answers.Alarm:
+def seen(client: Client, images: int, kind: str = "rate") -> Alarm:
     """The alarm once it has seen so many."""
 
-    def found() -> answers.Alarm | None:
+    def found() -> Alarm | None:
         return next((one for one in client.alarms() if one.kind == kind and one.images >= images), None)
 
     return until(found)
