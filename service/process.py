@@ -245,7 +245,10 @@ def _drain_first(readiness: "Readiness", running: "Running", lifeline: Connectio
 
         def drain() -> None:
             for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, lambda: None)
+                # The loop would give signals back to the system when it ends, and a second one would then kill this
+                # process while it still keeps what was accepted.
+                loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_IGN)
             readiness.become("draining")
             running.scorer.drain()
             stop.set()

@@ -1,11 +1,15 @@
 """Plain pictures take a quick way past Flask: nobody can tell by the answers; and slow or broken bodies are bounded."""
 
 import io
+import os
 import re
+import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from serving import Server, running
+from serving import Server, running, started
 
 from service.keys import KeyFile, Role, made
 from service.shares import Shares
@@ -218,3 +222,19 @@ def test_cores_are_divided_by_what_a_picture_takes() -> None:
             assert shares.batches == (given or 1)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it looks processes up in /proc")
+def test_further_signals_do_not_cut_the_farewell_short(tiny_bundle: Path, tmp_path: Path) -> None:
+    server = started(tiny_bundle, "-o", f"store={tmp_path / 's.sqlite'}", anew=True)
+    assert server.ready.wait(120)
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    (worker,) = [int(pid) for pid in children if "tracker" not in Path(f"/proc/{pid}/cmdline").read_text()]
+    os.killpg(server.process.pid, signal.SIGINT)
+    while server.process.poll() is None:
+        with suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGTERM)
+        time.sleep(0.01)
+    assert server.ended.wait(60)
+    assert server.process.poll() == 0
+    assert "stopped: 0 pictures" in server.output
