@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from service.settings import ServiceSettings
     from service.store import Store
 
+_FAREWELL_SECONDS = 15
+"""What keeping the last verdicts may take beyond the time to judge them."""
+
 
 def serve(bundle: Path, settings: "ServiceSettings") -> None:
     """Serve a bundle until SIGTERM or Ctrl-C, then finish what was accepted; raises `AnomalyVaeError`."""
@@ -61,7 +64,7 @@ def serve(bundle: Path, settings: "ServiceSettings") -> None:
                 backlog=settings.backlog,
                 backpressure=settings.backlog,
                 respawn_failed_workers=True,
-                workers_kill_timeout=math.ceil(settings.drain_seconds),
+                workers_kill_timeout=math.ceil(settings.drain_seconds + _FAREWELL_SECONDS),
                 log_level=LogLevels.error,
                 ssl_cert=settings.tls_certificate,
                 ssl_key=settings.tls_key,
@@ -209,10 +212,10 @@ def _start(place: Place, lifeline: Connection) -> "Front":
         since=place.started,
     )
     running: Running = app.extensions["running"]
-    _drain_first(readiness, running, lifeline)
+    armed = _drain_first(readiness, running, lifeline)
     # Whatever ends this process, the accepted pictures are judged first.
     multiprocessing.util.Finalize(None, _farewell, args=(running, settings.drain_seconds), exitpriority=1)
-    threading.Thread(target=_announce, args=(place, running, readiness), name="announce", daemon=True).start()
+    threading.Thread(target=_announce, args=(place, running, readiness, armed), name="announce", daemon=True).start()
     front: Front = app.extensions["front"]
     return front
 
@@ -233,9 +236,12 @@ def _give_up(error: Exception) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _drain_first(readiness: "Readiness", running: "Running", lifeline: Connection) -> None:
+def _drain_first(readiness: "Readiness", running: "Running", lifeline: Connection) -> threading.Event:
     """Be unready from the instant a signal to stop comes, or the command's process is gone (`lifeline` ends); then
-    let granian stop, which is told once: told twice, as by Ctrl-C and its parent, it hangs for good."""
+    let granian stop, which is told once: told twice, as by Ctrl-C and its parent, it hangs for good.
+
+    The event tells when signals are heard.
+    """
     from granian import _signals
 
     install: Callable[..., Any] = _signals.set_loop_signals
@@ -256,9 +262,12 @@ def _drain_first(readiness: "Readiness", running: "Running", lifeline: Connectio
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, drain)
         threading.Thread(target=_watch, args=(lifeline,), name="lifeline", daemon=True).start()
+        armed.set()
         return stop
 
+    armed = threading.Event()
     _signals.set_loop_signals = install_ours
+    return armed
 
 
 def _watch(lifeline: Connection) -> None:
@@ -267,8 +276,9 @@ def _watch(lifeline: Connection) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _announce(place: Place, running: "Running", readiness: "Readiness") -> None:
-    """Be ready, and say so, once the front door itself answers."""
+def _announce(place: Place, running: "Running", readiness: "Readiness", armed: threading.Event) -> None:
+    """Be ready, and say so, once signals are heard and the front door itself answers."""
+    armed.wait()
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(place.settings.host, place.settings.host)  # noqa: S104
     until = time.monotonic() + 60
     while True:

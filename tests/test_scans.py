@@ -7,7 +7,7 @@ import httpx
 import pytest
 from serving import Server, running
 
-from anomaly_vae import answers as answered
+from anomaly_vae import answers, watch_answers
 from anomaly_vae.async_client import AsyncClient
 from anomaly_vae.client import Client
 from anomaly_vae.errors import DataError, ServiceError
@@ -62,14 +62,14 @@ def put(client, scan, html=HTML, kind="text/html"):
 
 def test_a_scan_is_kept_as_it_was_told_and_its_report_as_it_was_sent(clients):
     line, reader = clients["line"], clients["reader"]
-    scan = answered.Scan.model_validate(line.post("/v1/scans", json=TOLD).json())
+    scan = watch_answers.Scan.model_validate(line.post("/v1/scans", json=TOLD).json())
     assert (scan.name, scan.started, scan.scored, scan.outliers) == ("monday", BEGAN, 4000, 51)
     assert scan.finished == datetime.fromtimestamp(1769840000, UTC)
     assert (scan.source, scan.by, scan.has_report) == ("line-9", "line", False)
     missing = reader.get(f"/v1/scans/{scan.id}/report")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "no_report")
-    assert answered.Scan.model_validate(put(line, scan.id).json()).has_report
-    assert answered.Scan.model_validate(reader.get(f"/v1/scans/{scan.id}").json()).has_report
+    assert watch_answers.Scan.model_validate(put(line, scan.id).json()).has_report
+    assert watch_answers.Scan.model_validate(reader.get(f"/v1/scans/{scan.id}").json()).has_report
     reply = reader.get(f"/v1/scans/{scan.id}/report")
     assert reply.content == HTML
     assert reply.headers["content-type"] == "text/html; charset=utf-8"
@@ -94,7 +94,7 @@ def test_pages_hold_every_scan_once_the_newest_first_and_the_oldest_go(clients):
     found, cursor = [], None
     while True:
         page = reader.get("/v1/scans", params={"limit": 6, **({"cursor": cursor} if cursor else {})}).json()
-        answered.ScanPage.model_validate(page)
+        watch_answers.ScanPage.model_validate(page)
         found += page["scans"]
         cursor = page["next"]
         if cursor is None:
@@ -136,7 +136,7 @@ def test_who_may_do_what(clients):
 ])  # fmt: skip
 def test_mistakes_are_told_in_one_line(clients, change, says):
     reply = clients["line"].post("/v1/scans", json={**TOLD, **change})
-    error = answered.Refusal.model_validate(reply.json()).error
+    error = answers.Refusal.model_validate(reply.json()).error
     assert (reply.status_code, error.code, says in error.message) == (400, "bad_parameter", True), error.message
     assert "\n" not in error.message
 
