@@ -188,7 +188,7 @@ def _sent(kind: str) -> dict[str, Any]:
         about = "Pictures; the field may have any name, and they are answered in the order sent"
         files = {"type": "array", "items": _raw("application/octet-stream"), "minItems": 1, "description": about}
         return {"schema": {"type": "object", "properties": {"file": files}, "required": ["file"]}}
-    return {"schema": _raw(kind)}
+    return {"schema": {**_raw(kind), **({"minLength": 1} if kind.startswith("text/") else {})}}
 
 
 def _raw(kind: str) -> dict[str, Any]:

@@ -42,7 +42,7 @@ _FAREWELL_SECONDS = 15
 def serve(bundle: Path, settings: "ServiceSettings") -> None:
     """Serve a bundle until SIGTERM or Ctrl-C, then finish what was accepted; raises `AnomalyVaeError`."""
     from granian import Granian
-    from granian.constants import HTTPModes, Interfaces
+    from granian.constants import HTTPModes, Interfaces, Loops
     from granian.log import LogLevels
 
     from anomaly_vae import AnomalyVaeError
@@ -59,6 +59,7 @@ def serve(bundle: Path, settings: "ServiceSettings") -> None:
                 address=settings.host,
                 port=port,
                 interface=Interfaces.RSGI,
+                loop=Loops.asyncio,
                 http=HTTPModes.http1,
                 websockets=False,
                 backlog=settings.backlog,
@@ -250,11 +251,14 @@ def _drain_first(readiness: "Readiness", running: "Running", lifeline: Connectio
         stop = install(loop)
 
         def drain() -> None:
+            if stopping.is_set():
+                return  # two signals may come before the first is heard
+            stopping.set()
             for number in (signal.SIGTERM, signal.SIGINT):
-                # The loop would give signals back to the system when it ends, and a second one would then kill this
-                # process while it still keeps what was accepted.
-                loop.remove_signal_handler(number)
                 signal.signal(number, signal.SIG_IGN)
+            # The loop would give signals back to the system when it closes. A further one, and after Ctrl-C the
+            # command's process sends one at once, would then kill this process while it keeps what was accepted.
+            loop.remove_signal_handler = lambda _: False  # type: ignore[method-assign]
             readiness.become("draining")
             running.scorer.drain()
             stop.set()
@@ -265,7 +269,7 @@ def _drain_first(readiness: "Readiness", running: "Running", lifeline: Connectio
         armed.set()
         return stop
 
-    armed = threading.Event()
+    armed, stopping = threading.Event(), threading.Event()
     _signals.set_loop_signals = install_ours
     return armed
 

@@ -233,8 +233,7 @@ def test_further_signals_do_not_cut_the_farewell_short(tiny_bundle: Path, tmp_pa
     os.killpg(server.process.pid, signal.SIGINT)
     while server.process.poll() is None:
         with suppress(ProcessLookupError):
-            os.kill(worker, signal.SIGTERM)
-        time.sleep(0.01)
+            os.kill(worker, signal.SIGTERM)  # without a pause: no instant may be left at which one would kill
     assert server.ended.wait(60)
     assert server.process.poll() == 0
     assert "stopped: 0 pictures" in server.output
