@@ -1,8 +1,10 @@
 """What both clients can do with scans of whole folders; `client` and `async_client` say how they are asked."""
 
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import quote
 
 from anomaly_vae.answers import Forgotten
@@ -13,28 +15,33 @@ from anomaly_vae.watch_answers import Scan, ScanPage
 _T = TypeVar("_T")
 
 
-class ScanCalls:
+@dataclass(frozen=True, kw_only=True)
+class FinishedScan:
+    """What a service is told of a scan.
+
+    `version`: the model's, as its bundle says. `source`: by default the key's. `scored`, `failed` and `outliers` count
+    pictures. `expected_rate`: of outliers, were all pictures normal.
+    """
+
+    name: str
+    model: str
+    version: str
+    source: str | None = None
+    started: Moment
+    finished: Moment
+    scored: int
+    failed: int
+    outliers: int
+    expected_rate: float
+    alpha: float
+
+
+class ScanCalls(ABC):
     """Scans, for `Client`."""
 
-    def add_scan(
-        self,
-        name: str,
-        *,
-        model: str,
-        version: str,
-        started: Moment,
-        finished: Moment,
-        scored: int,
-        failed: int,
-        outliers: int,
-        expected_rate: float,
-        alpha: float,
-        source: str | None = None,
-    ) -> Scan:
-        """Tell of a scan; `expected_rate`: of outliers among normal pictures."""
-        told = {"name": name, "model": model, "version": version, "source": source, "scored": scored, "failed": failed}
-        rates = {"outliers": outliers, "expected_rate": expected_rate, "alpha": alpha}
-        return self._do(_added(started, finished, {**told, **rates}))
+    def add_scan(self, scan: FinishedScan) -> Scan:
+        """Tell of a scan that came to its end."""
+        return self._do(_added(scan))
 
     def set_report(self, scan: str, report: bytes | Path) -> Scan:
         """Send a scan's report: an HTML page that fetches nothing, or the path of one."""
@@ -62,32 +69,16 @@ class ScanCalls:
         """Forget a scan and its report; how many there are no longer."""
         return self._do(Ask("DELETE", _path(scan), Forgotten)).forgotten
 
-    def _do(self, ask: Ask[_T]) -> _T:
-        raise NotImplementedError
+    @abstractmethod
+    def _do(self, ask: Ask[_T]) -> _T: ...
 
 
-class AsyncScanCalls:
+class AsyncScanCalls(ABC):
     """Scans, for `AsyncClient`."""
 
-    async def add_scan(
-        self,
-        name: str,
-        *,
-        model: str,
-        version: str,
-        started: Moment,
-        finished: Moment,
-        scored: int,
-        failed: int,
-        outliers: int,
-        expected_rate: float,
-        alpha: float,
-        source: str | None = None,
-    ) -> Scan:
-        """Tell of a scan; `expected_rate`: of outliers among normal pictures."""
-        told = {"name": name, "model": model, "version": version, "source": source, "scored": scored, "failed": failed}
-        rates = {"outliers": outliers, "expected_rate": expected_rate, "alpha": alpha}
-        return await self._do(_added(started, finished, {**told, **rates}))
+    async def add_scan(self, scan: FinishedScan) -> Scan:
+        """Tell of a scan that came to its end."""
+        return await self._do(_added(scan))
 
     async def set_report(self, scan: str, report: bytes | Path) -> Scan:
         """Send a scan's report: an HTML page that fetches nothing, or the path of one."""
@@ -116,19 +107,20 @@ class AsyncScanCalls:
         """Forget a scan and its report; how many there are no longer."""
         return (await self._do(Ask("DELETE", _path(scan), Forgotten))).forgotten
 
-    async def _do(self, ask: Ask[_T]) -> _T:
-        raise NotImplementedError
+    @abstractmethod
+    async def _do(self, ask: Ask[_T]) -> _T: ...
 
 
 def _path(scan: str, rest: str = "") -> str:
     return f"/v1/scans/{quote(scan, safe='')}{rest}"
 
 
-def _added(started: Moment, finished: Moment, told: dict[str, Any]) -> Ask[Scan]:
+def _added(scan: FinishedScan) -> Ask[Scan]:
     def text(moment: Moment) -> str:
         return moment if isinstance(moment, str) else moment.astimezone().isoformat()
 
-    return post("/v1/scans", Scan, started=text(started), finished=text(finished), **told)
+    times = {"started": text(scan.started), "finished": text(scan.finished)}
+    return post("/v1/scans", Scan, **{**asdict(scan), **times})
 
 
 def _reported(scan: str, report: bytes | Path) -> Ask[Scan]:

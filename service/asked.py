@@ -54,20 +54,18 @@ def _a_whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _moment_schema(seconds: str) -> WithJsonSchema:
+    texts = [{"type": "string", "format": "date-time"}, {"type": "string", "format": "date"}]
+    about = "ISO 8601, in UTC unless it says otherwise, or seconds since 1970"
+    number = {"type": seconds, "minimum": 0, "maximum": 9_999_999_999}
+    return WithJsonSchema({"anyOf": [*texts, number], "description": about})
+
+
 Moment = Annotated[
     datetime,
     BeforeValidator(_a_moment),
     AfterValidator(_in_utc),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string", "format": "date-time"},
-                {"type": "string", "format": "date"},
-                {"type": "integer", "minimum": 0, "maximum": 9_999_999_999},
-            ],
-            "description": "ISO 8601, in UTC unless it says otherwise, or seconds since 1970",
-        }
-    ),
+    _moment_schema("integer"),
 ]
 
 
@@ -86,16 +84,7 @@ JsonMoment = Annotated[
     Field(strict=False),
     BeforeValidator(_a_moment_in_json),
     AfterValidator(_in_utc),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string", "format": "date-time"},
-                {"type": "string", "format": "date"},
-                {"type": "number", "minimum": 0, "maximum": 9_999_999_999},
-            ],
-            "description": "ISO 8601, in UTC unless it says otherwise, or seconds since 1970",
-        }
-    ),
+    _moment_schema("number"),
 ]
 VerdictId = Annotated[str, AfterValidator(_a_verdict), WithJsonSchema({"type": "string", "pattern": _VERDICT})]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]

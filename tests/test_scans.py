@@ -11,6 +11,7 @@ from anomaly_vae import answers, watch_answers
 from anomaly_vae.async_client import AsyncClient
 from anomaly_vae.client import Client
 from anomaly_vae.errors import DataError, ServiceError
+from anomaly_vae.scan_calls import FinishedScan
 from service.ids import first_at
 from service.keys import KeyFile, Role, made
 from service.scans import KeptScans, Scans
@@ -156,10 +157,11 @@ def test_both_clients_do_it(server, keys, tmp_path):
     told = {name: value for name, value in TOLD.items() if name not in ("name", "started", "finished")}
     (tmp_path / "report.html").write_bytes(HTML)
     with Client(server.url, keys[1]["boss"]) as client:
-        first = client.add_scan("one", started=BEGAN, finished=BEGAN + timedelta(minutes=9), **told)
+        first = client.add_scan(FinishedScan(name="one", started=BEGAN, finished=BEGAN + timedelta(minutes=9), **told))
         assert client.set_report(first.id, tmp_path / "report.html").has_report
         assert client.report(first.id) == HTML
-        second = client.add_scan("two", started="2026-01-31T06:00:00Z", finished="2026-01-31T07:00:00Z", **told)
+        written = {"started": "2026-01-31T06:00:00Z", "finished": "2026-01-31T07:00:00Z"}
+        second = client.add_scan(FinishedScan(name="two", **written, **told))
         assert [one.id for one in client.scans(limit=2)] == [second.id, first.id]
         assert client.scan(first.id).name == "one"
         with pytest.raises(DataError, match="give the path of a file"):
@@ -167,7 +169,7 @@ def test_both_clients_do_it(server, keys, tmp_path):
 
     async def the_same():
         async with AsyncClient(server.url, keys[1]["boss"]) as client:
-            third = await client.add_scan("three", started=BEGAN, finished=BEGAN, **told)
+            third = await client.add_scan(FinishedScan(name="three", started=BEGAN, finished=BEGAN, **told))
             assert (await client.set_report(third.id, HTML)).has_report
             assert await client.report(third.id) == HTML
             assert [one.id async for one in client.scans(limit=3)] == [third.id, second.id, first.id]
