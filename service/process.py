@@ -258,7 +258,7 @@ def _drain_first(readiness: "Readiness", running: "Running", lifeline: Connectio
                 signal.signal(number, signal.SIG_IGN)
             # The loop would give signals back to the system when it closes. A further one, and after Ctrl-C the
             # command's process sends one at once, would then kill this process while it keeps what was accepted.
-            loop.remove_signal_handler = lambda _: False  # type: ignore[method-assign]
+            loop.remove_signal_handler = lambda sig: False  # type: ignore[method-assign]
             readiness.become("draining")
             running.scorer.drain()
             stop.set()

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, BrowserContext, Page, Playwright, expect
+from serving import Server
 
 _VIOLATIONS = """document.addEventListener("securitypolicyviolation",
   (event) => console.error(`forbidden by the policy: ${event.effectiveDirective} ${event.blockedURI}`));"""
@@ -49,3 +51,23 @@ def watched(browser: Browser, **settings: object) -> Iterator[Watched]:
         yield found
     finally:
         context.close()
+
+
+def shown(page: Page, server: Server, name: str) -> Page:
+    """A view, once it stands."""
+    page.goto(f"{server.url}/#{name}")
+    expect(page.locator(f"#view-{name}")).to_be_visible()
+    expect(page.locator("#standing")).to_contain_text("ready")
+    return page
+
+
+def charts_drawn(page: Page) -> None:
+    for name in ("rate", "p", "score"):
+        expect(page.locator(f"#{name}-chart .main-svg").first).to_be_visible()
+
+
+def assert_clean(page: Page, name: str) -> None:
+    """Neither axe nor somebody who has to scroll sideways may find a fault with what the page shows now."""
+    found = Axe().run(page)
+    assert found.violations_count == 0, f"{name}: {found.generate_report()}"
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{name} is wider than the screen"

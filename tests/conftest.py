@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,3 +99,17 @@ def store_place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return str(tmp_path / "store.sqlite")
     url: str = request.getfixturevalue("postgres_server").url()
     return url
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Debian's Chromium; what drives it is loaded by the tests of the page alone."""
+    from browsing import chromium, launched
+    from playwright.sync_api import sync_playwright
+
+    if chromium() is None:
+        pytest.skip("there is no browser (Debian: apt-get install chromium)")
+    with sync_playwright() as play:
+        found = launched(play)
+        yield found
+        found.close()

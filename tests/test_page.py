@@ -1,6 +1,5 @@
 """The product's page in a real browser against a real service: seen, clicked, typed, and never complaining."""
 
-import json
 import re
 import time
 from collections.abc import Iterator
@@ -8,26 +7,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-from axe_playwright_python.sync_playwright import Axe
-from browsing import Watched, chromium, launched, watched
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from browsing import Watched, assert_clean, charts_drawn, shown, watched
+from playwright.sync_api import Browser, expect
 from serving import Server, running
 from test_service_store import altered
 
-from service.keys import KeyFile, Role, made
-
 VIEWS = ("overview", "outliers", "score", "review", "scans", "models")
 PHONE = {"width": 360, "height": 740}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if chromium() is None:
-        pytest.skip("there is no browser (Debian: apt-get install chromium)")
-    with sync_playwright() as play:
-        found = launched(play)
-        yield found
-        found.close()
 
 
 @pytest.fixture(scope="module")
@@ -62,19 +48,6 @@ def sent(server: Server, chosen: list[Path]) -> list[dict]:
 
 def outliers_of(server: Server) -> list[dict]:
     return httpx.get(f"{server.url}/v1/verdicts?outlier=true").raise_for_status().json()["verdicts"]
-
-
-def shown(page: Page, server: Server, name: str) -> Page:
-    """A view, once it stands."""
-    page.goto(f"{server.url}/#{name}")
-    expect(page.locator(f"#view-{name}")).to_be_visible()
-    expect(page.locator("#standing")).to_contain_text("ready")
-    return page
-
-
-def charts_drawn(page: Page) -> None:
-    for name in ("rate", "p", "score"):
-        expect(page.locator(f"#{name}-chart .main-svg").first).to_be_visible()
 
 
 def test_an_uploaded_picture_gets_a_verdict_with_heat_map_parts_and_reasons(view: Watched, server: Server, pictures):
@@ -304,12 +277,6 @@ def test_every_view_is_accessible_and_fits(browser: Browser, server: Server, sch
         assert found.complaints == []
 
 
-def assert_clean(page: Page, name: str) -> None:
-    found = Axe().run(page)
-    assert found.violations_count == 0, f"{name}: {found.generate_report()}"
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{name} is wider than the screen"
-
-
 def test_names_are_text_wherever_they_stand(view: Watched, server: Server, pictures):
     evil = "<img src=x onerror=alert(1)>.png"
     data = pictures["8"][0].read_bytes()
@@ -323,78 +290,7 @@ def test_names_are_text_wherever_they_stand(view: Watched, server: Server, pictu
     assert page.locator("img[src=x]").count() == 0
 
 
-def test_an_empty_service_tells_what_to_do(browser: Browser, tiny_bundle: Path, tmp_path: Path):
-    with running(tiny_bundle, f"store={tmp_path / 's.sqlite'}") as empty, watched(browser) as found:
-        page = shown(found.page, empty, "overview")
-        charts_drawn(page)
-        expect(page.locator("#rate-said")).to_contain_text("Send some with POST /v1/score")
-        expect(page.locator("#latest")).to_contain_text("No outliers yet")
-        for name, words in (
-            ("outliers", "Outliers appear"),
-            ("review", "Nothing to review"),
-            ("models", "no pictures"),
-        ):
-            expect(shown(page, empty, name).locator(f"#view-{name}")).to_contain_text(words)
-        if page.locator("#views a[data-view=scans]").is_visible():
-            expect(shown(page, empty, "scans").locator("#scans")).to_contain_text("No scans yet")
-        assert found.complaints == []
-
-
-def test_without_a_store_there_is_scoring_and_no_more(browser: Browser, tiny_bundle: Path, pictures):
-    with running(tiny_bundle, "store=none") as alone, watched(browser) as found:
-        page = shown(found.page, alone, "score")
-        assert page.locator("#views a:visible").all_inner_texts() == ["Score", "Models"]
-        page.set_input_files("#files", pictures["8"][0])
-        expect(page.locator("#scored .badge").first).to_be_visible()
-        shown(page, alone, "models")
-        assert found.complaints == []
-
-
-def test_signing_in_by_role_and_out(browser: Browser, tiny_bundle: Path, tmp_path: Path, pictures):
-    """A key opens what its role may, the cookie is out of reach of scripts, and a removed key ends it all."""
-    keys, secrets = [], {}
-    for role in Role:
-        key, secrets[role.name.lower()] = made(f"for-{role.name.lower()}", role)
-        keys.append(key)
-    place = tmp_path / "keys.yaml"
-    KeyFile(keys=tuple(keys)).write(place)
-    with running(tiny_bundle, f"store={tmp_path / 's.sqlite'}", f"keys={place}") as server, watched(browser) as found:
-        page = found.page
-        page.goto(f"{server.url}/#models")
-        expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
-        expect(page.get_by_label("API key")).to_be_focused()
-        assert_clean(page, "sign-in")
-        page.get_by_label("API key").fill("av_00000000_wrong")
-        page.keyboard.press("Enter")
-        expect(page.locator("#sign-in-error")).to_contain_text("unknown or no longer valid")
-        assert len(found.complaints) == 1
-        assert "401" in found.complaints.pop()
-        for role, views in (("score", 2), ("read", 6), ("admin", 6)):
-            page.get_by_label("API key").fill(secrets[role])
-            page.get_by_role("button", name="Sign in").click()
-            expect(page.locator("#whoami")).to_have_text(f"for-{role} ({role})")
-            expect(page.locator("#views a:visible")).to_have_count(views)
-            expect(page.locator("form.policy")).to_have_count(0 if role == "score" else 1)
-            expect(page.get_by_role("button", name="Roll back")).to_have_count(1 if role == "admin" else 0)
-            (cookie,) = page.context.cookies()
-            assert (cookie["httpOnly"], cookie["sameSite"]) == (True, "Strict")
-            assert page.evaluate("document.cookie") == ""
-            assert secrets[role] not in json.dumps(page.context.storage_state())
-            if role != "admin":
-                page.get_by_role("button", name="Sign out").click()
-                expect(page.get_by_label("API key")).to_be_visible()
-        page.goto(f"{server.url}/#score")
-        page.set_input_files("#files", pictures["8"][0])
-        expect(page.locator("#scored .badge").first).to_be_visible()
-        # What was under way when somebody signed out is refused.
-        assert all("401" in one for one in found.complaints)
-        KeyFile(keys=tuple(keys[:2])).write(place)
-        expect(page.get_by_label("API key")).to_be_visible()
-
-
 def test_alarms_are_shown_and_acknowledged(view: Watched, server: Server, pictures):
-    if "/v1/alarms" not in httpx.get(f"{server.url}/openapi.json").json()["paths"]:
-        pytest.skip("this service raises no alarms")
     end = time.monotonic() + 60
     while not any(one["raised"] for one in httpx.get(f"{server.url}/v1/alarms").json()["alarms"]):
         assert time.monotonic() < end, "no alarm was raised by nothing but outliers"
@@ -412,8 +308,6 @@ def test_alarms_are_shown_and_acknowledged(view: Watched, server: Server, pictur
 
 
 def test_scans_are_listed_with_their_reports(view: Watched, server: Server):
-    if "/v1/scans" not in httpx.get(f"{server.url}/openapi.json").json()["paths"]:
-        pytest.skip("this service keeps no scans")
     model = httpx.get(f"{server.url}/v1/models").json()["models"][0]
     told = {
         "name": "monday <line 3>", "model": model["name"], "version": model["version"], "alpha": 0.05,
