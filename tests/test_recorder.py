@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -194,21 +195,32 @@ def test_old_pictures_go_without_anybody_asking(tmp_path, told):
     store.close()
 
 
+def noting(done: list[str], what: str, call, *arguments):
+    done.append(what)
+    return call(*arguments)
+
+
 def test_tidying_goes_on_a_little_at_a_time_and_nothing_is_lost_meanwhile(tmp_path, told, monkeypatch):
     monkeypatch.setattr("service.recorder._TIDY_ROWS", 50)
     store = Store(str(tmp_path / "s.sqlite"))
     store.write(made(5000, time.time() - 10 * 86_400, 1.0))
+    done: list[str] = []
+    for what in ("write", "tidy"):
+        monkeypatch.setattr(store, what, partial(noting, done, what, getattr(store, what)))
     recorder = Recorder(store, told, Kept(verdict_days=1.0), flush_seconds=0.01, most_waiting=120)
     new = made(600, time.time())
     for one in new:
+        while recorder.standing()["waiting"] >= 60:
+            time.sleep(0.001)
         recorder.put(Pending(one))
-        time.sleep(0.001)
     assert recorder.flush(30)
+    assert "tidy" in done[: len(done) - done[::-1].index("write")]
     assert told.lost["verdict"] == 0
     until = time.monotonic() + 60
     while len(kept(store)) > 600 and time.monotonic() < until:
         time.sleep(0.05)
     assert kept(store) == [one.id for one in new]
+    assert done.count("tidy") >= 5000 / 50
     assert recorder.close(30)
     store.close()
 
