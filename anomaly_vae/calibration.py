@@ -6,7 +6,7 @@ most alpha with probability at most alpha. Polarity: a higher score, and a small
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal, Self
@@ -202,6 +202,21 @@ def benjamini_hochberg(p_values: npt.ArrayLike, fdr: float) -> npt.NDArray[np.bo
     if len(below):
         rejected[order[: below[-1] + 1]] = True
     return rejected
+
+
+def fdr_cut(counts: Mapping[float, int], fdr: float) -> float | None:
+    """The largest p-value that Benjamini and Hochberg reject, of so many of each; None where they reject none."""
+    total, so_far, cut = sum(counts.values()), 0, None
+    for p in sorted(counts):
+        so_far += counts[p]
+        if p <= fdr * so_far / total:
+            cut = p
+    return cut
+
+
+def fdr_resolution(n: int, fdr: float) -> float:
+    """The least share of a batch that can be rejected at all, if no p-value is below 1/(n+1)."""
+    return min(1.0, 1 / ((n + 1) * fdr))
 
 
 def _check_alpha(alpha: float) -> None:

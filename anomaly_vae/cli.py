@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anomaly_vae import __version__, cli_looking
+from anomaly_vae import __version__, cli_looking, cli_scanning
 from anomaly_vae.cli_common import (
     Alpha,
     AsJson,
@@ -232,48 +232,6 @@ def score(
         raise typer.Exit(4)
 
 
-def scan(
-    bundle: BundleArgument,
-    folder: Annotated[Path, typer.Argument(help="Folder, searched recursively.")],
-    *,
-    out: Annotated[Path, typer.Option(help="Table to write: .csv, .jsonl or .parquet.")],
-    alpha: Alpha = None,
-    device: Device = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images judged at once.")] = 32,
-    precision: Annotated[
-        str, typer.Option(help="float32, bfloat16 (quicker where the device has it), auto.")
-    ] = "float32",
-    as_json: AsJson = False,
-) -> None:
-    """Score every picture under a folder into a table."""
-    from anomaly_vae import console
-    from anomaly_vae.scanning import scan as run
-
-    engine = engine_of(bundle, device, alpha, batch_size, precision)
-    if engine.remark:
-        console.note(engine.remark)
-    view = console.ScanView()
-    try:
-        tally = run(engine, folder, out, view)
-    except KeyboardInterrupt:
-        console.note("interrupted; nothing was written")
-        raise typer.Exit(130) from None
-    finally:
-        view.close()
-    if as_json:
-        print_json({"out": str(out), "version": engine.detector.version, **vars(tally)})
-        raise typer.Exit(4 if tally.errors else 0)
-    rate = tally.outliers / max(tally.images, 1)
-    console.say(
-        f"{tally.images} images: {tally.outliers} outliers ({rate:.1%}); "
-        f"about {tally.expected:.1f} would be false alarms if all were normal"
-    )
-    if tally.errors:
-        console.say(f"{tally.errors} files could not be read; column 'error' of {out} says why")
-    console.say(f"written to {out}")
-    raise typer.Exit(4 if tally.errors else 0)
-
-
 def serve(
     bundle: BundleArgument,
     config: Annotated[Path | None, typer.Option(help="YAML file; see configs/service.yaml.")] = None,
@@ -342,7 +300,7 @@ for _command in (
     train,
     evaluate,
     score,
-    scan,
+    cli_scanning.scan,
     cli_looking.explore,
     cli_looking.classify,
     cli_looking.export,

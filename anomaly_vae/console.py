@@ -17,14 +17,13 @@ if TYPE_CHECKING:
     from anomaly_vae.detector import Detector
     from anomaly_vae.evaluation import Evaluation
     from anomaly_vae.fitting import Progress as FittingProgress
-    from anomaly_vae.scanning import Tally
     from anomaly_vae.training import Trained
 
 # A pipe has no width; tables that wrap at 80 columns there could not be searched.
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 240)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
-_PLAIN_SECONDS = 10.0
+PLAIN_SECONDS = 10.0
 _IN_TRAINING = {True: "known", False: "unseen", None: "?"}
 _WIDE = 130
 """Columns from which on the parts of the loss fit beside the bar."""
@@ -60,7 +59,7 @@ class TrainingView:
             if member not in self.tasks:
                 self.tasks[member] = self.bar.add_task(who, total=progress.epochs, losses="")
             self.bar.update(self.tasks[member], completed=progress.epoch, losses=losses)
-        elif time.monotonic() - self.printed > _PLAIN_SECONDS or progress.epoch == progress.epochs:
+        elif time.monotonic() - self.printed > PLAIN_SECONDS or progress.epoch == progress.epochs:
             self.printed = time.monotonic()
             rate = f"{progress.images_per_second:.0f} images/s"
             note(f"{who}  epoch {progress.epoch}/{progress.epochs}  {losses}  {rate}")
@@ -75,32 +74,6 @@ def training_view() -> Iterator[TrainingView]:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[losses]}"), console=err) as bar:
         yield TrainingView(bar)
-
-
-class ScanView:
-    """How far a scan is, at most twice a second on a terminal and every ten seconds elsewhere."""
-
-    def __init__(self) -> None:
-        self.started = self.printed = time.monotonic()
-        self.terminal = err.is_terminal
-
-    def __call__(self, tally: "Tally") -> None:
-        now = time.monotonic()
-        if now - self.printed < (0.5 if self.terminal else _PLAIN_SECONDS):
-            return
-        self.printed = now
-        rate = tally.images / max(now - self.started, 1e-9)
-        line = f"{tally.images} images, {tally.outliers} outliers, {tally.errors} unreadable, {rate:.0f} images/s"
-        if self.terminal:
-            sys.stderr.write(f"\r\033[K{line}")
-            sys.stderr.flush()
-        else:
-            note(line)
-
-    def close(self) -> None:
-        """Leave the cursor at the start of a clean line."""
-        if self.terminal:
-            sys.stderr.write("\r\033[K")
 
 
 def policy_line(detector: "Detector") -> str:

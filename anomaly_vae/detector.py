@@ -175,8 +175,8 @@ class Detector:
         """The latents of the first model that `Judgement.latents` tells, for a watch over drift."""
         return () if self.normals is None else self.normals.widest
 
-    def reference(self) -> Reference:
-        """What calibration pictures' score, parts and watched latents were, for a `ShiftAlarm`.
+    def reference(self, latents: bool = True) -> Reference:
+        """What calibration pictures' score, parts and, if wanted, watched latents were, for a `ShiftAlarm`.
 
         The score alone where the bundle keeps no more, and after `recalibrated`: of the new normals nothing else is
         known.
@@ -184,7 +184,7 @@ class Detector:
         values: dict[str, npt.ArrayLike] = {SCORE: np.concatenate(self.calibration.scores)}
         if self.normals is not None and not self.ranked_anew:
             values |= zip(self.spec.parts, self.normals.parts.T, strict=True)
-            values |= {latent_name(i): self.normals.codes[:, i] for i in self.watched}
+            values |= {latent_name(i): self.normals.codes[:, i] for i in self.watched if latents}
         return Reference(values)
 
     @property

@@ -255,9 +255,7 @@ class ShiftAlarm:
         return raised_at
 
     def _add(self, ranks: Floats) -> None:
-        inside = _in_bulk(ranks)
-        found = (np.where(inside, np.rint(ranks * _UNIT), 0).astype(np.int32), inside, ranks > 1 - _TRIM, ranks < _TRIM)
-        self._sums[0] += np.stack([one.sum(0) for one in found])
+        self._sums[0] += _sums(ranks).astype(np.int32)
         self.images += len(ranks)
 
     def shifts(self, blocks: int = _SHOWN) -> list[Shift]:
@@ -267,18 +265,7 @@ class ShiftAlarm:
         return self._over(1, most) if most >= WINDOWS[0] else []
 
     def _over(self, first: int, blocks: int) -> list[Shift]:
-        """The larger of two moves, by its own limit: that of the bulk, and the share that has left the bulk."""
-        total, inside, above, below = self._sums[first : first + blocks].astype(np.float64).sum(0)
-        reference, count = self.reference, blocks * BLOCK
-        bulk = (total / _UNIT / np.maximum(inside, 1) - reference.center) / (0.5 - _TRIM)
-        enough = np.maximum(inside, count / 4)
-        of_bulk = np.maximum(LEAST_EFFECT, noise(enough, reference.n, len(bulk)))
-        left = np.clip(1 - inside / count / reference.inside, 0, 1) * np.where(above >= below, 1, -1)
-        of_left = np.minimum(0.5 + window_noise(count, len(bulk)), _ALL)
-        leaves = np.abs(left) / of_left > np.abs(bulk) * (inside >= count / 4) / of_bulk
-        effects = np.clip(np.where(leaves, left, bulk), -1, 1)
-        columns = zip(reference.names, effects.tolist(), np.where(leaves, of_left, of_bulk).tolist(), strict=True)
-        return [Shift(name, effect, limit, count) for name, effect, limit in columns]
+        return _moves(self.reference, self._sums[first : first + blocks].astype(np.float64).sum(0), blocks * BLOCK)
 
     def _alarming(self) -> Shift | None:
         """The move that most exceeds its limit, of the shortest window that shows any."""
@@ -303,6 +290,49 @@ class ShiftAlarm:
             found.raised = None if values["raised"] is None else Shift(**values["raised"])
             found._sums = np.array(values["sums"], np.int32).reshape(found._sums.shape)
         return found
+
+
+def _moves(reference: Reference, sums: Floats, count: int) -> list[Shift]:
+    """The larger of two moves of `count` pictures in each name: that of the bulk, and the share that has left it."""
+    total, inside, above, below = sums
+    bulk = (total / _UNIT / np.maximum(inside, 1) - reference.center) / (0.5 - _TRIM)
+    enough = np.maximum(inside, count / 4)
+    of_bulk = np.maximum(LEAST_EFFECT, noise(enough, reference.n, len(bulk)))
+    left = np.clip(1 - inside / count / reference.inside, 0, 1) * np.where(above >= below, 1, -1)
+    of_left = np.minimum(0.5 + window_noise(count, len(bulk)), _ALL)
+    leaves = np.abs(left) / of_left > np.abs(bulk) * (inside >= count / 4) / of_bulk
+    effects = np.clip(np.where(leaves, left, bulk), -1, 1)
+    columns = zip(reference.names, effects.tolist(), np.where(leaves, of_left, of_bulk).tolist(), strict=True)
+    return [Shift(name, effect, limit, count) for name, effect, limit in columns]
+
+
+def _sums(ranks: Floats) -> npt.NDArray[np.int64]:
+    """Of each name: ranks' sum within the bulk, how many those are, how many are above, how many below."""
+    inside = _in_bulk(ranks)
+    found = (np.where(inside, np.rint(ranks * _UNIT), 0).astype(np.int64), inside, ranks > 1 - _TRIM, ranks < _TRIM)
+    return np.stack([one.sum(0, dtype=np.int64) for one in found])
+
+
+class Moves:
+    """How most of all pictures differ from a `Reference`: one window over a whole scan, in which order is nothing."""
+
+    def __init__(self, reference: Reference) -> None:
+        self.reference, self.images = reference, 0
+        self._totals = np.zeros((4, len(reference.names)), np.int64)
+
+    def update(self, values: Mapping[str, npt.ArrayLike]) -> None:
+        """Count pictures, columns of `values` by name."""
+        ranks = self.reference.ranks(values)
+        self._totals += _sums(ranks)
+        self.images += len(ranks)
+
+    def largest(self) -> Shift | None:
+        """The move that most exceeds its limit, as the shift alarm has it; None where none does, or of few pictures."""
+        if self.images < WINDOWS[0] * BLOCK or not self.reference.names:
+            return None
+        found = _moves(self.reference, self._totals.astype(np.float64), self.images)
+        beyond = [one for one in found if abs(one.effect) >= one.limit]
+        return max(beyond, key=lambda one: abs(one.effect) - one.limit, default=None)
 
 
 def noise(images: npt.ArrayLike, calibration: npt.ArrayLike, names: int) -> Floats:

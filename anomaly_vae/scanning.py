@@ -1,204 +1,203 @@
-"""The verb `scan`: every picture under a folder becomes one row of a table, a bad file a row with its error."""
+"""The verb `scan`: every picture of a source becomes one row of a table, a bad file a row with its error."""
 
-import csv
-import errno
-import json
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Protocol
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
-from torch import Tensor
 
+from anomaly_vae.calibration import fdr_resolution
 from anomaly_vae.engine import Engine
-from anomaly_vae.errors import BadImage, DataError
-from anomaly_vae.images import IMAGE_SUFFIXES
+from anomaly_vae.entries import Entry
+from anomaly_vae.errors import CalibrationError, ConfigError, DataError
+from anomaly_vae.paths import order_of, printable
+from anomaly_vae.scan_ledger import Ledger, Row
+from anomaly_vae.scan_rows import schema_of, scored
+from anomaly_vae.scan_summary import Counts, Summary
+from anomaly_vae.sources import Source
+from anomaly_vae.tables import check_ending, reading, writing
 
-_AHEAD = 4
-"""Batches being read and decoded while one is judged."""
+COARSEST = 0.1
+"""A false-discovery rate is refused where not even this share of all pictures would be found, however unusual."""
 
-Row = dict[str, Any]
-
-
-@dataclass
-class Tally:
-    """Counts of a scan so far. `expected`: false alarms if every readable picture were normal."""
-
-    images: int = 0
-    outliers: int = 0
-    errors: int = 0
-    expected: float = 0.0
+Score = Callable[[Engine, Iterator[Entry]], Iterator[pa.Table]]
+"""What turns entries into tables of rows, in their order."""
 
 
-def scan(engine: Engine, folder: Path, out: Path, report: Callable[[Tally], None] = lambda tally: None) -> Tally:
-    """Score all pictures under `folder`, recursively and in sorted order, into `out` (.csv, .jsonl or .parquet).
+@dataclass(frozen=True)
+class Wanted:
+    """How to scan. `fdr`: see `Summary`. `fresh`: forget an unfinished scan. `update`: take over the rows of a finished
+    result whose files have neither another size nor another time, and of those alone that are still there."""
 
-    The result is complete or absent: it is written beside its place and renamed.
+    fdr: float | None = None
+    fresh: bool = False
+    update: bool = False
+
+
+class Scan:
+    """A scan of one source into one file (.parquet, .csv, .jsonl or .ndjson). Use it in a `with`: it holds a lock.
+
+    `run`, then `finish`; killed at any moment, the same scan goes on where it was, and no path is missing or there
+    twice. The result is complete or absent. Raises `DataError` where it cannot begin.
     """
-    if not folder.is_dir():
-        raise DataError(f"{folder} is no folder; give the folder whose pictures are to be scored")
-    writer = _WRITERS.get(out.suffix.lower())
-    if writer is None:
-        raise DataError(f"--out {out.name}: the ending decides the format; use .csv, .jsonl or .parquet")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    tally = Tally()
-    try:
-        with writer(temporary, list(engine.detector.spec.parts)) as table:
-            for rows in _rows(engine, folder):
-                table.write(rows)
-                _count(tally, rows, engine.detector.policy.expected_false_alarm_rate)
-                report(tally)
-        if not tally.images + tally.errors:
-            raise DataError(f"{folder} holds no picture ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        temporary.replace(out)
-    except OSError as error:
-        raise DataError(f"cannot write {out}: {error.strerror}; choose another --out") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-    return tally
+
+    def __init__(self, engine: Engine, source: Source, out: Path, wanted: Wanted = Wanted()) -> None:
+        self._engine, self._source, self._out, self._wanted = engine, source, out, wanted
+        self._ending = check_ending(out)
+        _check_fdr(engine, wanted.fdr)
+        if wanted.update and not source.sorted:
+            raise ConfigError("--update needs a source with an order of its own: a folder, a pattern or a URL")
+        self.schema = schema_of(engine.detector.spec.parts)
+        policy = engine.detector.policy
+        facts = {"source": source.identity, "version": engine.detector.version, "alpha": policy.alpha,
+                 "mode": policy.mode}  # fmt: skip
+        self.ledger = Ledger(out, self.schema, facts, source.sorted, wanted.fresh)
+
+    def __enter__(self) -> "Scan":
+        self.ledger.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.ledger.__exit__(*error)
+
+    def run(self, report: Callable[[Counts], None] = lambda counts: None, score: Score = scored) -> Summary:
+        """Score what is not scored yet; what the whole scan found, earlier goes included."""
+        counts = Counts()
+        expected = self._engine.detector.policy.expected_false_alarm_rate
+        try:
+            for table in self._do(score):
+                counts.add(table, expected)
+                report(counts)
+            self.ledger.flush()
+            return self._summed()
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def finish(self, summary: Summary) -> None:
+        """Write the result, and forget the ledger."""
+
+        def write(place: Path) -> None:
+            with writing(place, self._ending, self.schema) as table_writer:
+                for table in self.ledger.tables():
+                    table_writer.write_table(summary.judged_anew(table))
+
+        try:
+            self.ledger.finish(write)
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> DataError:
+        return DataError(f"cannot write {printable(self._out)}: {error.strerror or error}; mend that and repeat the "
+                         "command to go on, or choose another --out")  # fmt: skip
+
+    def _summed(self) -> Summary:
+        summary = Summary(self._engine.detector, self._wanted.fdr)
+        for table in self.ledger.tables():
+            summary.add(table)
+        if not summary.counts.images + summary.counts.errors:
+            self.ledger.forget()
+            raise DataError(f"{self._source.identity} holds no picture")
+        return summary
+
+    def _do(self, score: Score) -> Iterator[pa.Table]:
+        """Put what is new into the ledger, and beside it what an earlier result knows already; both go by."""
+        done, taken = self.ledger.done(), _Taken(self.schema)
+        entries = (
+            _missing(self._source, done, self._wanted.update) if self._source.sorted else _behind(self._source, done)
+        )
+        if self._wanted.update and self._out.exists():
+            entries = taken.without(entries, _Known(self._old()), self._engine.detector.version)
+        for table in score(self._engine, entries):
+            self.ledger.add(table)
+            yield from taken.into(self.ledger)
+            yield table
+        yield from taken.into(self.ledger)
+
+    def _old(self) -> Iterator[Row]:
+        for table in reading(self._out, self.schema):
+            yield from table.to_pylist()
 
 
-def list_pictures(folder: Path) -> Iterator[Path]:
-    """Files with an image's ending under `folder`, sorted; hidden ones and links to folders are not followed.
+def _missing(source: Source, done: Iterator[Row], update: bool) -> Iterator[Entry]:
+    """Entries without a row, both in one order; with `update` also those whose files are others now."""
+    known = _Known(done)
+    for entry in source:
+        row = known.row_of(entry)
+        if row is None or (update and _is_other(entry, row)):
+            yield entry
 
-    A folder that cannot be listed is yielded itself: whoever reads it gets the reason.
-    """
-    try:
-        with os.scandir(folder) as found:
-            entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
-    except OSError:
-        yield folder
+
+def _behind(source: Source, done: Iterator[Row]) -> Iterator[Entry]:
+    """Entries behind those that have a row, in an order that never changes."""
+    entries = iter(source)
+    for row in done:
+        entry = next(entries, None)
+        if entry is None or entry.path != row["path"]:
+            what = f"{source.identity} is not what it was when this scan began"
+            raise DataError(f"{what}; give --fresh to begin anew")
+    yield from entries
+
+
+def _is_other(entry: Entry, row: Row) -> bool:
+    return row["error"] is not None or (entry.size, entry.mtime) != (row["size"], row["mtime"])
+
+
+class _Known:
+    """Rows in order, asked for in that order."""
+
+    def __init__(self, rows: Iterator[Row]) -> None:
+        self._rows = rows
+        self._row = next(rows, None)
+
+    def row_of(self, entry: Entry) -> Row | None:
+        """The row of an entry, if there is one."""
+        if self._row is not None and self._row["path"] != entry.path:
+            order = order_of(entry.path)
+            while self._row is not None and order_of(self._row["path"]) < order:
+                self._row = next(self._rows, None)
+        if self._row is None or self._row["path"] != entry.path:
+            return None
+        found, self._row = self._row, next(self._rows, None)
+        return found
+
+
+class _Taken:
+    """Rows that an earlier result knows of files that have not changed."""
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self._schema = schema
+        self._rows: deque[Row] = deque()
+
+    def without(self, entries: Iterator[Entry], known: _Known, version: str) -> Iterator[Entry]:
+        """Entries that it does not know; whoever lists them does so in a thread of its own."""
+        for entry in entries:
+            row = known.row_of(entry)
+            if row is None or row["version"] != version or _is_other(entry, row):
+                yield entry
+            else:
+                self._rows.append(row)
+
+    def into(self, ledger: Ledger) -> Iterator[pa.Table]:
+        """Rows so far."""
+        rows = [self._rows.popleft() for _ in range(len(self._rows))]
+        if rows:
+            table = pa.Table.from_pylist(rows, schema=self._schema)
+            ledger.add(table, lane=1)
+            yield table
+
+
+def _check_fdr(engine: Engine, fdr: float | None) -> None:
+    if fdr is None:
         return
-    for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
-            yield from list_pictures(Path(entry.path))
-        elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
-            yield Path(entry.path)
-
-
-def read_picture(path: Path, max_bytes: int) -> bytes:
-    """A plain file's bytes, no more of a huge one than it takes to refuse it; raises `OSError`."""
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "not a plain file" if not path.is_dir() else "the folder cannot be listed")
-    with path.open("rb") as file:
-        return file.read(max_bytes + 1)
-
-
-def printable(path: Path) -> str:
-    """A path as valid Unicode: bytes that are none are shown as \\xNN."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def _rows(engine: Engine, folder: Path) -> Iterator[list[Row]]:
-    """Rows in batches; reading and decoding of the next batches overlap the judging of this one."""
-    paths = list_pictures(folder)
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        waiting: deque[list[tuple[Path, Future[Tensor | str]]]] = deque()
-
-        def read_ahead() -> None:
-            batch = list(islice(paths, engine.max_batch))
-            if batch:
-                waiting.append([(path, pool.submit(_prepared, engine, path)) for path in batch])
-
-        for _ in range(_AHEAD):
-            read_ahead()
-        while waiting:
-            batch = [(path, future.result()) for path, future in waiting.popleft()]
-            read_ahead()
-            yield _judged(engine, batch)
-
-
-def _prepared(engine: Engine, path: Path) -> Tensor | str:
-    try:
-        return engine.prepare(read_picture(path, engine.detector.image.max_bytes))
-    except BadImage as error:
-        return str(error)
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
-
-
-def _judged(engine: Engine, batch: list[tuple[Path, Tensor | str]]) -> list[Row]:
-    good = [image for _, image in batch if isinstance(image, Tensor)]
-    judged = engine.judge(torch.stack(good)) if good else None
-    rows, next_good = [], 0
-    for path, image in batch:
-        row: Row = {"path": printable(path), "error": image if isinstance(image, str) else None}
-        if judged is not None and isinstance(image, Tensor):
-            verdict = judged.row(next_good)
-            row |= {name: verdict[name] for name in ("score", "p_value", "outlier")}
-            row |= {f"part_{name}": value for name, value in verdict["parts"].items()}
-            next_good += 1
-        rows.append(row | {"version": engine.detector.version})
-    return rows
-
-
-def _count(tally: Tally, rows: list[Row], expected_rate: float) -> None:
-    good = [row for row in rows if row["error"] is None]
-    tally.images += len(good)
-    tally.errors += len(rows) - len(good)
-    tally.outliers += sum(row["outlier"] for row in good)
-    tally.expected = tally.images * expected_rate
-
-
-class _Table(Protocol):
-    def write(self, rows: list[Row]) -> None: ...
-
-
-def _columns(parts: list[str]) -> list[str]:
-    return ["path", "score", "p_value", "outlier", *(f"part_{part}" for part in parts), "error", "version"]
-
-
-class _Csv:
-    def __init__(self, file: IO[str], parts: list[str]) -> None:
-        self.writer = csv.DictWriter(file, _columns(parts), restval="")
-        self.writer.writeheader()
-
-    def write(self, rows: list[Row]) -> None:
-        self.writer.writerows(rows)
-
-
-class _Jsonl:
-    def __init__(self, file: IO[str]) -> None:
-        self.file = file
-
-    def write(self, rows: list[Row]) -> None:
-        self.file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-class _Parquet:
-    def __init__(self, writer: pq.ParquetWriter) -> None:
-        self.writer = writer
-
-    def write(self, rows: list[Row]) -> None:
-        self.writer.write_table(pa.Table.from_pylist(rows, schema=self.writer.schema))
-
-
-@contextmanager
-def _csv(path: Path, parts: list[str]) -> Iterator[_Table]:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        yield _Csv(file, parts)
-
-
-@contextmanager
-def _jsonl(path: Path, parts: list[str]) -> Iterator[_Table]:  # noqa: ARG001 - rows name their own columns
-    with path.open("w", encoding="utf-8") as file:
-        yield _Jsonl(file)
-
-
-@contextmanager
-def _parquet(path: Path, parts: list[str]) -> Iterator[_Table]:
-    types = {"path": pa.string(), "outlier": pa.bool_(), "error": pa.string(), "version": pa.string()}
-    schema = pa.schema([(name, types.get(name, pa.float64())) for name in _columns(parts)])
-    with pq.ParquetWriter(path, schema) as writer:
-        yield _Parquet(writer)
-
-
-_WRITERS: dict[str, Any] = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}
+    if not 0 < fdr < 1:
+        raise ConfigError(f"--fdr is a share of the outliers between 0 and 1, such as 0.1; got {fdr:g}")
+    n = engine.detector.calibration.n
+    least = fdr_resolution(n, fdr)
+    if least > COARSEST:
+        needed = round(1 / (COARSEST * fdr)) - 1
+        raise CalibrationError(
+            f"with {n} calibration pictures --fdr {fdr:g} finds nothing unless {least:.0%} of all pictures are odd; "
+            f"train with at least {needed} for calibration, allow more (--fdr {min(0.9, fdr * least / COARSEST):.2g}), "
+            "or use --alpha"
+        )

@@ -6,9 +6,9 @@ from typing import Any
 
 from anomaly_vae.engine import Engine
 from anomaly_vae.errors import BadImage, DataError
+from anomaly_vae.paths import printable, read_file
 from anomaly_vae.regions import regions_json
 from anomaly_vae.rendering import heatmap_png
-from anomaly_vae.scanning import printable, read_picture
 
 
 def score_files(
@@ -50,7 +50,7 @@ def _score_file(engine: Engine, path: Path, place: Path | None, class_name: str 
     if not path.exists():
         return row | {"error": "it does not exist; look for a misspelling"}
     try:
-        data = read_picture(path, engine.detector.image.max_bytes)
+        data = read_file(path, engine.detector.image.max_bytes + 1)
         image = engine.prepare(data)
     except BadImage as error:
         return row | {"error": str(error)}

@@ -80,7 +80,7 @@ def test_scan_writes_the_table(tiny_bundle, digits_folder, tmp_path):
     (tmp_path / "mixed" / "empty.png").write_bytes(b"")
     assert (
         "1 files could not be read"
-        in run("scan", tiny_bundle, tmp_path / "mixed", "--out", tmp_path / "m.csv", code=4).stdout
+        in run("scan", tiny_bundle, tmp_path / "mixed", "--out", tmp_path / "m.csv", "--strict", code=4).stdout
     )
     tally = json.loads(run("scan", tiny_bundle, digits_folder / "7", "--out", tmp_path / "out.csv", "--json").stdout)
     assert tally["images"] == 179
@@ -103,7 +103,7 @@ def test_check_speaks_before_training(digits_folder):
     (["evaluate", "BUNDLE", "--data", "DIGITS", "-o", "seed=3"], "only data.* settings"),
     (["evaluate", "BUNDLE", "--data", "DIGITS", "-o", "data.normal=[blue]"], "blue"),
     (["score", "BUNDLE", "x.png", "--alpha", "2"], "between 0 and 1"),
-    (["scan", "BUNDLE", "nowhere", "--out", "x.csv"], "is no folder"),
+    (["scan", "BUNDLE", "nowhere", "--out", "x.csv"], "nowhere does not exist; give a folder"),
     (["check", "nowhere"], "nowhere"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_code_2(tiny_bundle, digits_folder, tmp_path, arguments, says):

@@ -1,0 +1,125 @@
+"""Entries become rows, a table for each batch: listing, reading, decoding and judging overlap, in bounded memory."""
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from anomaly_vae.engine import Engine
+from anomaly_vae.entries import Entry
+from anomaly_vae.errors import BadImage
+from anomaly_vae.judgement import Judgement
+
+_AHEAD = 4
+"""Batches that are listed, read and decoded while one is judged, or fewer of large pictures."""
+_AHEAD_BYTES = 192 << 20
+_CHUNK = 8
+"""Files that a thread takes at once."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An entry that was read: its picture, uint8 (C, H, W), or why there is none."""
+
+    entry: Entry
+    sha256: str | None
+    image: Tensor | None
+    error: str | None
+
+
+def schema_of(parts: Sequence[str]) -> pa.Schema:
+    """The columns of results. `size` in bytes, `mtime` in seconds since 1970; what a bad file lacks is null."""
+    about = [("path", pa.string()), ("size", pa.int64()), ("mtime", pa.float64()), ("sha256", pa.string())]
+    verdict = [("score", pa.float64()), ("p_value", pa.float64()), ("outlier", pa.bool_())]
+    columns = [*about, *verdict, *((part_name(part), pa.float64()) for part in parts)]
+    return pa.schema([*columns, ("error", pa.string()), ("version", pa.string())])
+
+
+def part_name(part: str) -> str:
+    """The column of a part of the score."""
+    return f"part_{part}"
+
+
+def scored(engine: Engine, entries: Iterator[Entry], workers: int | None = None) -> Iterator[pa.Table]:
+    """A table for each batch of entries, in their order; a bad file is a row with its error."""
+    image = engine.detector.image
+    of_batch = engine.max_batch * image.channels * image.height * image.width
+    ahead = max(1, min(_AHEAD, _AHEAD_BYTES // of_batch))
+    schema = schema_of(engine.detector.spec.parts)
+    lister, pool = ThreadPoolExecutor(1, "list"), ThreadPoolExecutor(workers or os.cpu_count() or 1, "decode")
+    try:
+
+        def listed() -> list[Future[list[Prepared]]]:
+            batch = list(islice(entries, engine.max_batch))
+            chunks = [batch[i : i + _CHUNK] for i in range(0, len(batch), _CHUNK)]
+            return [pool.submit(_prepared, engine, chunk) for chunk in chunks]
+
+        waiting = deque(lister.submit(listed) for _ in range(ahead + 1))
+        while chunks := waiting.popleft().result():
+            batch = [one for chunk in chunks for one in chunk.result()]
+            waiting.append(lister.submit(listed))
+            yield table_of(engine, batch, schema)
+    finally:
+        for one in (lister, pool):
+            one.shutdown(cancel_futures=True)
+
+
+def prepared(engine: Engine, entry: Entry) -> Prepared:
+    """Read and decode one entry."""
+    most = engine.detector.image.max_bytes
+    try:
+        data = entry.read(most + 1)
+    except OSError as error:
+        return Prepared(entry, None, None, f"cannot be read: {error.strerror}")
+    digest = hashlib.sha256(data).hexdigest() if len(data) <= most else None
+    try:
+        return Prepared(entry, digest, engine.prepare(data), None)
+    except BadImage as error:
+        return Prepared(entry, digest, None, str(error))
+
+
+def _prepared(engine: Engine, entries: Iterable[Entry]) -> list[Prepared]:
+    return [prepared(engine, entry) for entry in entries]
+
+
+def table_of(engine: Engine, batch: Sequence[Prepared], schema: pa.Schema) -> pa.Table:
+    """Judge what could be decoded; a row for each."""
+    images = [one.image for one in batch if one.image is not None]
+    judged = engine.judge(torch.stack(images)) if images else None
+    columns: dict[str, Sequence[Any]] = {
+        "path": [one.entry.path for one in batch],
+        "size": [one.entry.size for one in batch],
+        "mtime": [one.entry.mtime for one in batch],
+        "sha256": [one.sha256 for one in batch],
+        "error": [one.error for one in batch],
+        "version": [engine.detector.version] * len(batch),
+    }
+    places = [i for i, one in enumerate(batch) if one.image is not None]
+    for name in schema.names:
+        if name not in columns:
+            columns[name] = _spread(_verdict(judged, name), places, len(batch))
+    return pa.table(columns, schema=schema)
+
+
+def _verdict(judged: Judgement | None, name: str) -> Sequence[Any]:
+    if judged is None:
+        return ()
+    return judged.parts[name.removeprefix("part_")] if name.startswith("part_") else getattr(judged, name)
+
+
+def _spread(values: Sequence[Any], places: Sequence[int], count: int) -> Sequence[Any]:
+    """`values` at their places, null elsewhere."""
+    if len(places) == count:
+        return values
+    found: list[Any] = [None] * count
+    for place, value in zip(places, values, strict=True):
+        found[place] = value
+    return found
