@@ -1,15 +1,26 @@
 """`anomaly-vae scan`: a whole source into one table."""
 
+import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from anomaly_vae.cli_common import Alpha, AsJson, BundleArgument, Device, engine_of, print_json
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from anomaly_vae.detector import Detector
+    from anomaly_vae.engine import Engine
     from anomaly_vae.scan_summary import Summary
+    from anomaly_vae.scanning import Scan
+    from anomaly_vae.sources import Source
+
+Which = Literal["none", "outliers", "all"]
+How = Literal["link", "move"]
+KEY = "ANOMALY_VAE_KEY"
 
 
 def scan(
@@ -27,6 +38,19 @@ def scan(
     fdr: Annotated[
         float | None,
         typer.Option(help="Instead of alpha: at most this share of the outliers is false (Benjamini-Hochberg)."),
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write a page that opens offline: rates, scores, the 100 most unusual, copies.")
+    ] = None,
+    heatmaps: Annotated[Which, typer.Option(help="Of which pictures heat maps are drawn.")] = "none",
+    heatmaps_to: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where they go.", show_default="OUT.heatmaps")
+    ] = None,
+    quarantine: Annotated[Path | None, typer.Option(metavar="DIR", help="Put files there that cannot be read.")] = None,
+    quarantine_by: Annotated[How, typer.Option(help="Whether they are linked there, or moved.")] = "link",
+    send_to: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help=f"Tell a service of the scan, for its page; a key is taken from {KEY}."),
     ] = None,
     fail_above: Annotated[
         float | None, typer.Option(help="Exit with 3 where the rate of outliers is above this.")
@@ -51,6 +75,9 @@ def scan(
 
     engine = engine_of(bundle, device, alpha, batch_size, precision)
     pictures = source_of(source, engine.detector.image.max_bytes)
+    where = heatmaps_to or out.with_name(f"{out.name}.heatmaps")
+    wishes = _Wishes(report, heatmaps, where, quarantine, quarantine_by, send_to)
+    wishes.check(pictures)
     if engine.remark:
         console.note(engine.remark)
     with Scan(engine, pictures, out, Wanted(fdr, fresh, update)) as running:
@@ -62,13 +89,116 @@ def scan(
         except KeyboardInterrupt:
             console.note("interrupted; the same command goes on from here, with --fresh it begins anew")
             raise typer.Exit(130) from None
+        made = _Made(engine, pictures, running, summary)
+        page = made.as_wished(wishes, fdr)
         running.finish(summary)
     if as_json:
         print_json(_facts(engine.detector, summary, out))
     else:
-        for line in _lines(summary, fdr, out):
+        for line in [*_lines(summary, fdr, out), *made.lines]:
             console.say(line)
+    if send_to is not None:
+        console.note(made.send(send_to, bundle, source, page))
     raise typer.Exit(_code(summary, fail_above, strict))
+
+
+@dataclass(frozen=True)
+class _Wishes:
+    """What shall be made of a scan beside its table."""
+
+    report: Path | None
+    heatmaps: Which
+    heatmaps_to: Path
+    quarantine: Path | None
+    quarantine_by: How
+    send_to: str | None
+
+    def check(self, source: "Source") -> None:
+        """Before hours of scanning rather than after them."""
+        from anomaly_vae.errors import ConfigError
+        from anomaly_vae.reporting import check_report
+
+        if self.report is not None:
+            check_report(self.report)
+        if self.quarantine is not None and not source.plain:
+            raise ConfigError("--quarantine is for files on disk, not for those of archives and object stores")
+        if self.heatmaps != "none" and source.identity == "-":
+            raise ConfigError("--heatmaps looks at pictures again, and standard input is read once; use a file (.txt)")
+
+
+class _Made:
+    """Makes it; `lines` say so."""
+
+    def __init__(self, engine: "Engine", source: "Source", scan: "Scan", summary: "Summary") -> None:
+        self._engine, self._source, self._scan, self._summary = engine, source, scan, summary
+        self.lines: list[str] = []
+
+    def _rows(self, column: str, wanted: "Callable[[Any], bool]") -> "Iterator[str]":
+        for table in self._scan.tables(self._summary):
+            for path, value in zip(table["path"].to_pylist(), table[column].to_pylist(), strict=True):
+                if wanted(value):
+                    yield path
+
+    def as_wished(self, wishes: _Wishes, fdr: float | None) -> str:
+        """All but the message to a service; the report, as HTML, if anybody wants one."""
+        from anomaly_vae.reporting import write_report
+        from anomaly_vae.scan_files import quarantine, write_heat_maps
+
+        if wishes.heatmaps != "none":
+            of_all, folder = wishes.heatmaps == "all", wishes.heatmaps_to
+            paths = self._rows("outlier", lambda outlier: outlier is not None and (of_all or outlier))
+            count = write_heat_maps(self._engine, self._source, paths, folder)
+            self.lines.append(f"{count:,} heat maps written to {folder}")
+        page = self.report(fdr) if wishes.report is not None or wishes.send_to is not None else ""
+        if wishes.report is not None:
+            write_report(wishes.report, page)
+            self.lines.append(f"report written to {wishes.report}")
+        if wishes.quarantine is not None:
+            count = quarantine(
+                self._rows("error", lambda error: error is not None), wishes.quarantine, wishes.quarantine_by
+            )
+            done = "linked" if wishes.quarantine_by == "link" else "moved"
+            self.lines.append(f"{count:,} files that cannot be read {done} to {wishes.quarantine}")
+        return page
+
+    def report(self, fdr: float | None) -> str:
+        from anomaly_vae.scan_report import scan_report
+
+        policy = self._engine.detector.policy
+        verdict = f"a picture with a p-value of at most {policy.alpha:g} ({policy.mode})"
+        if fdr is not None:
+            verdict = f"one by Benjamini and Hochberg at a false-discovery rate of {fdr:g} over the whole scan"
+        return scan_report(self._engine, self._source, self._summary, self._scan.tables(self._summary), verdict)
+
+    def send(self, url: str, bundle: Path, source: str, page: str) -> str:
+        from datetime import UTC, datetime
+
+        from anomaly_vae.client import Client
+        from anomaly_vae.errors import AnomalyVaeError, ServiceError
+        from anomaly_vae.scan_calls import FinishedScan
+
+        counts, detector = self._summary.counts, self._engine.detector
+        told = FinishedScan(
+            name="".join(one if one.isprintable() else " " for one in source)[-200:],
+            model=bundle.resolve().name,
+            version=detector.version,
+            started=datetime.fromtimestamp(self._scan.ledger.started, UTC),
+            finished=datetime.now(UTC),
+            scored=counts.images,
+            failed=counts.errors,
+            outliers=self._summary.outliers,
+            expected_rate=detector.policy.expected_false_alarm_rate,
+            alpha=detector.policy.alpha,
+        )
+        try:
+            with Client(url, os.environ.get(KEY)) as client:
+                scan = client.add_scan(told)
+                client.set_report(scan.id, page.encode(errors="backslashreplace"))
+        except ServiceError as error:
+            untold = AnomalyVaeError(f"the result is written, but {url} was not told of it: {error}")
+            untold.exit_code = error.exit_code
+            raise untold from None
+        return f"told {url} of it, as scan {scan.id}"
 
 
 def _code(summary: "Summary", fail_above: float | None, strict: bool) -> int:

@@ -3,7 +3,8 @@
 Colours are the names of CSS variables, such as `--normal`; the page puts in what suits its light or dark ground.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeAlias
@@ -21,6 +22,7 @@ Floats: TypeAlias = npt.NDArray[np.float64]
 _BARS = 40
 _POINTS = 1000
 _ALPHAS = 300
+_P_BARS = 20
 _NAMES = ("normal", "abnormal")
 
 
@@ -54,10 +56,12 @@ def alarm_curve(calibration: Calibration, p_values: npt.ArrayLike, mode: Mode) -
     return AlarmCurve(alphas, flagged / m, ranks / (n + 1), low, high)
 
 
-def score_histogram(normal: Floats, abnormal: Floats, threshold: float | None, name: str = "normal") -> Chart:
+def score_histogram(
+    normal: Floats, abnormal: Floats, threshold: float | None, names: tuple[str, str] = _NAMES
+) -> Chart:
     """Share of each class in each range of scores. A bar lies wholly on one side of the threshold."""
     edges = _edges(np.concatenate([normal, abnormal]), threshold)
-    chart = _histogram(edges, [normal, abnormal], (name, "abnormal"))
+    chart = _histogram(edges, [normal, abnormal], names)
     chart["layout"]["xaxis"] |= {"title": {"text": "score (higher is more anomalous)"}}
     if threshold is not None:
         _draw_line(chart, "threshold", threshold, f"threshold {threshold:.3g}")
@@ -71,6 +75,27 @@ def p_value_histogram(normal: Floats, abnormal: Floats, cut: float) -> Chart:
     chart = _histogram(edges, [normal, abnormal], _NAMES)
     chart["layout"]["xaxis"] |= {"title": {"text": "p-value (smaller is more anomalous)"}, "range": [0, 1]}
     _draw_line(chart, "decision", cut, f"outlier up to p = {cut:.3g}")
+    return chart
+
+
+def p_value_shares(counts: Mapping[float, int], cut: float | None) -> Chart:
+    """Share of a scan in each twentieth of p-values, of so many pictures each; among normal ones all are equal."""
+    bars, total = np.zeros(_P_BARS), max(sum(counts.values()), 1)
+    for p, count in counts.items():
+        bars[min(max(math.ceil(p * _P_BARS - 1e-9) - 1, 0), _P_BARS - 1)] += count
+    ends = np.arange(1, _P_BARS + 1) / _P_BARS
+    found = [[int(count), f"{end - 1 / _P_BARS:.2f} to {end:.2f}"] for count, end in zip(bars, ends, strict=True)]
+    hover = "%{customdata[1]}: %{customdata[0]} (%{y:.1%})<extra></extra>"
+    middles = (ends - 0.5 / _P_BARS).tolist()
+    trace = {"type": "bar", "name": "this scan", "x": middles, "y": (bars / total).tolist(), "customdata": found,
+             "marker": {"color": "--abnormal"}, "opacity": 0.65, "hovertemplate": hover}  # fmt: skip
+    level = np.array([1 / _P_BARS, 1 / _P_BARS])
+    expected = _line(np.array([0.0, 1.0]), level, "all normal", "--normal", "if all were normal", "dash")
+    chart = _chart([trace, expected], "p-value (smaller is more anomalous)", "share of the pictures", None)
+    chart["layout"]["xaxis"] |= {"range": [0, 1]}
+    chart["layout"]["xaxis"].pop("tickformat")
+    if cut is not None:
+        _draw_line(chart, "decision", cut, f"outlier up to p = {cut:.3g}")
     return chart
 
 

@@ -79,8 +79,10 @@ def training_report(trained: Trained, sentence: str) -> str:
     calibration, members, cost = detector.calibration, metrics["members"], metrics["latent_cost"]
     scores = np.concatenate(calibration.scores)
     drawn = _history_charts(detector, members, cost)
-    drawn["scores"] = charts.score_histogram(scores, np.zeros(0), detector.policy.threshold, "calibration pictures")
-    return _page(
+    drawn["scores"] = charts.score_histogram(
+        scores, np.zeros(0), detector.policy.threshold, ("calibration pictures", "")
+    )
+    return page(
         "training.html",
         f"Training of {trained.path.name}",
         detector,
@@ -127,7 +129,7 @@ def evaluation_report(
     detector, cases = engine.detector, evaluation.cases
     missed, alarms = _worst(engine, cases)
     quality, calibration = evaluation.quality, detector.calibration
-    return _page(
+    return page(
         "evaluation.html",
         f"Evaluation of {name}",
         detector,
@@ -281,7 +283,8 @@ def _tested(evaluation: Evaluation) -> list[list[str]]:
     ]
 
 
-def _page(template: str, title: str, detector: Detector, drawn: dict[str, charts.Chart], **content: Any) -> str:
+def page(template: str, title: str, detector: Detector, drawn: dict[str, charts.Chart], **content: Any) -> str:
+    """A page that asks nothing of any network, from one of `templates`; `drawn`: charts by the id of their place."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs

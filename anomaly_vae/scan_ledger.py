@@ -50,6 +50,8 @@ class _Lane:
 class Ledger:
     """Rows of one scan. `facts`: what it is of; another scan's ledger is refused. Use it in a `with`.
 
+    `started`: when its first go began, in seconds since 1970.
+
     `sorted`: whether rows come in the order of `order_of`; otherwise they come in one order that never changes.
     """
 
@@ -59,6 +61,7 @@ class Ledger:
         self._fresh = fresh
         self._lock: IO[bytes] | None = None
         self._go = 0
+        self.started = time.time()
         self._lanes = (_Lane(), _Lane())
 
     def __enter__(self) -> "Ledger":
@@ -171,11 +174,13 @@ class Ledger:
     def _open(self) -> None:
         place = self.folder / _FACTS
         if place.exists() and not self._fresh:
-            self._compare(json.loads(place.read_text()))
+            found = json.loads(place.read_text())
+            self.started = found.pop("started", self.started)
+            self._compare(found)
         else:
             for left in self.folder.glob("*.parquet"):
                 left.unlink()
-            write_durably(place, json.dumps(self._facts, indent=1).encode())
+            write_durably(place, json.dumps({**self._facts, "started": self.started}, indent=1).encode())
         for left in self.folder.glob(".*"):
             left.unlink()  # what was being written when an earlier go was killed
         goes = [int(one.name[:4]) for one in self.folder.glob("*-*.parquet")]

@@ -64,6 +64,7 @@ class Summary:
         self._odd: list[Odd] = []
         self._scores = array("d")
         self._digests = array("Q")
+        self._largest_odd_p: float | None = None
 
     def add(self, table: pa.Table) -> None:
         """Take rows, in their order."""
@@ -77,6 +78,9 @@ class Summary:
     def _add_good(self, good: pa.Table) -> None:
         scores = good["score"].to_numpy()
         self.p_values.update(good["p_value"].to_pylist())
+        odd = good.filter(good["outlier"])["p_value"].to_pylist()
+        if odd:
+            self._largest_odd_p = max(self._largest_odd_p or 0.0, *odd)
         parts = {part: good[part_name(part)].to_numpy() for part in self._detector.spec.parts}
         self._moves.update({SCORE: scores, **parts})
         digests = [int(digest[:16], 16) for digest in good["sha256"].drop_null().to_pylist()]
@@ -110,6 +114,18 @@ class Summary:
             return self.counts.outliers
         cut = self.cut
         return 0 if cut is None else sum(count for p, count in self.p_values.items() if p <= cut)
+
+    @property
+    def by_fdr(self) -> bool:
+        """Whether a false-discovery rate decides."""
+        return self._fdr is not None
+
+    @property
+    def largest_odd_p(self) -> float | None:
+        """The largest p-value of this scan's outliers; None where there is none."""
+        if self._fdr is not None:
+            return self.cut
+        return self._largest_odd_p
 
     @property
     def shift(self) -> Shift | None:

@@ -74,13 +74,17 @@ class Scan:
         except OSError as error:
             raise self._unwritable(error) from None
 
+    def tables(self, summary: Summary) -> Iterator[pa.Table]:
+        """All rows, with the verdict that holds for the whole scan."""
+        return map(summary.judged_anew, self.ledger.tables())
+
     def finish(self, summary: Summary) -> None:
         """Write the result, and forget the ledger."""
 
         def write(place: Path) -> None:
             with writing(place, self._ending, self.schema) as table_writer:
-                for table in self.ledger.tables():
-                    table_writer.write_table(summary.judged_anew(table))
+                for table in self.tables(summary):
+                    table_writer.write_table(table)
 
         try:
             self.ledger.finish(write)

@@ -30,6 +30,7 @@ IMPORTED = (
     "service.app", "service.process", "service.store",
 )  # fmt: skip
 """What takes long, by itself or by what it imports, and starts no thread."""
+_NO_THREADS = {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 MESSAGE_BYTES = 1 << 17  # an environment and a line of words
 
 
@@ -120,7 +121,7 @@ def _parent() -> tuple[subprocess.Popen, socket.socket]:
     with theirs:
         process = subprocess.Popen(
             [sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()], cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL, start_new_session=True,
+            env={**os.environ, **_NO_THREADS}, stdin=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
     return process, ours
 
