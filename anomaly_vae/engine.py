@@ -34,12 +34,14 @@ class Engine:
         self.device = pick_device(device)
         self.detector, self.remark = at_precision(detector.to(self.device), precision)
         self.max_batch = max_batch
+        self.warmed = False
 
     def warm(self) -> None:
         """Record the scores as native calls, and judge blank batches of every size, so that no user waits for it.
 
         A CPU gains nothing from sizes between the smallest and the largest.
         """
+        self.warmed = True
         self.detector = recorded(self.detector)
         image = self.detector.image
         sizes = list(self._buckets())

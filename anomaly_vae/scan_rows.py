@@ -21,6 +21,8 @@ from anomaly_vae.judgement import Judgement
 _AHEAD = 4
 """Batches that are listed, read and decoded while one is judged, or fewer of large pictures."""
 _AHEAD_BYTES = 192 << 20
+_WARM_AFTER = 1000
+"""Pictures from which on it pays to warm an engine, which takes seconds."""
 _CHUNK = 8
 """Files that a thread takes at once."""
 
@@ -53,7 +55,7 @@ def scored(engine: Engine, entries: Iterator[Entry], workers: int | None = None)
     image = engine.detector.image
     of_batch = engine.max_batch * image.channels * image.height * image.width
     ahead = max(1, min(_AHEAD, _AHEAD_BYTES // of_batch))
-    schema = schema_of(engine.detector.spec.parts)
+    schema, seen = schema_of(engine.detector.spec.parts), 0
     lister, pool = ThreadPoolExecutor(1, "list"), ThreadPoolExecutor(workers or os.cpu_count() or 1, "decode")
     try:
 
@@ -66,6 +68,9 @@ def scored(engine: Engine, entries: Iterator[Entry], workers: int | None = None)
         while chunks := waiting.popleft().result():
             batch = [one for chunk in chunks for one in chunk.result()]
             waiting.append(lister.submit(listed))
+            seen += len(batch)
+            if seen > _WARM_AFTER and not engine.warmed:
+                engine.warm()
             yield table_of(engine, batch, schema)
     finally:
         for one in (lister, pool):

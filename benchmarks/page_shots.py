@@ -23,6 +23,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, ViewportSize, sync_playwright
 
 from anomaly_vae import Detector, Engine, encode_png
+from anomaly_vae.client import Client
 from service import ids
 from service.store import Record, Store
 
@@ -45,6 +46,7 @@ def main() -> None:
         store = Path(folder) / "store.sqlite"
         defects = filled(store, asked.bundle, asked.data, asked.pictures)
         with served(asked.bundle, store) as url, sync_playwright() as play:
+            happened(url, asked.bundle, asked.data, defects)
             browser = play.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
             for name, picture in looked(browser, url, defects[-1]):
                 Image.open(io.BytesIO(picture)).convert("RGB").quantize(256, kmeans=2).save(
@@ -77,6 +79,23 @@ def filled(place: Path, bundle: Path, data: Path, count: int) -> list[Path]:
         store.write(records[start : start + 500])
     store.close()
     return left
+
+
+def happened(url: str, bundle: Path, data: Path, defects: list[Path]) -> None:
+    """A stretch of nothing but defects, which raises the alarm, and two scans that tell the service of themselves."""
+    with Client(url) as client:
+        for start in range(0, 48, 12):
+            client.score(*(defects * 12)[start : start + 12])
+        for _ in range(120):
+            if any(alarm.raised for alarm in client.alarms()):
+                break
+            time.sleep(0.5)
+        else:
+            sys.exit("no alarm was raised")
+    for kind in ("good", "defect"):
+        with tempfile.TemporaryDirectory() as folder:
+            words = [str(bundle.resolve()), f"{data.name}/{kind}", "--out", f"{folder}/out.csv", "--send-to", url]
+            subprocess.run([sys.executable, "-m", "anomaly_vae", "scan", *words], check=True, cwd=data.resolve().parent)
 
 
 def _judged(engine: Engine, file: Path, turn: int) -> Judged:
@@ -131,6 +150,9 @@ def looked(browser: Browser, url: str, defect: Path) -> Iterator[tuple[str, byte
         page.locator("#scored img").first.wait_for()
         page.wait_for_timeout(500)
         yield "score", page.screenshot(full_page=True)
+        show(page, url, "scans")
+        page.locator("#scans tbody tr").nth(1).wait_for()
+        yield "scans", page.screenshot()
     with opened(browser, WIDE, "dark") as page:
         yield "overview-dark", whole(page, url)
         show(page, url, "models")

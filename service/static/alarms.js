@@ -13,7 +13,7 @@ function figures(alarm) {
   const known = [
     ["Outliers lately", alarm.recent_rate, percent], ["Outliers in all", alarm.observed_rate, percent],
     ["Expected", alarm.expected_rate, percent], ["Tolerated", alarm.tolerated_rate, percent], ["Pictures", alarm.images, count],
-    ["Evidence", alarm.evidence, (value) => figure(value, 3)], ["Part", alarm.part, (name) => name.replaceAll("_", " ")],
+    ["Evidence", alarm.evidence, (value) => (value > 1e6 ? "over a million" : figure(value, 3))], ["Part", alarm.part, (name) => name.replaceAll("_", " ")],
     ["Effect", alarm.effect, (value) => figure(value, 2)], ["Limit", alarm.limit, figure],
   ].filter(([name, value]) => value !== null && value !== undefined && !(alarm.kind === "shift" && ["Evidence", "Tolerated"].includes(name)));
   return el("dl", { class: "facts" }, known.map(([name, value, shown]) => el("div", {}, el("dt", {}, name), el("dd", {}, shown(value)))));
