@@ -116,9 +116,10 @@ class _Wishes:
     def check(self, source: "Source") -> None:
         """Before hours of scanning rather than after them."""
         from anomaly_vae.errors import ConfigError
-        from anomaly_vae.reporting import check_report
 
         if self.report is not None:
+            from anomaly_vae.reporting import check_report  # a second of imports
+
             check_report(self.report)
         if self.quarantine is not None and not source.plain:
             raise ConfigError("--quarantine is for files on disk, not for those of archives and object stores")
@@ -141,7 +142,6 @@ class _Made:
 
     def as_wished(self, wishes: _Wishes, fdr: float | None) -> str:
         """All but the message to a service; the report, as HTML, if anybody wants one."""
-        from anomaly_vae.reporting import write_report
         from anomaly_vae.scan_files import quarantine, write_heat_maps
 
         if wishes.heatmaps != "none":
@@ -151,6 +151,8 @@ class _Made:
             self.lines.append(f"{count:,} heat maps written to {folder}")
         page = self.report(fdr) if wishes.report is not None or wishes.send_to is not None else ""
         if wishes.report is not None:
+            from anomaly_vae.reporting import write_report
+
             write_report(wishes.report, page)
             self.lines.append(f"report written to {wishes.report}")
         if wishes.quarantine is not None:
