@@ -72,11 +72,18 @@ def failed(path: str, error: Exception) -> Entry:
 
 
 def as_os_error(error: Exception) -> OSError:
-    """What went wrong, in one line, as what `read` may raise."""
+    """What went wrong as what `read` may raise."""
     if isinstance(error, OSError) and error.strerror:
         return error
+    return OSError(errno.EIO, words_of(error))
+
+
+def words_of(error: Exception) -> str:
+    """What went wrong, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     words = str(error).splitlines()
-    return OSError(errno.EIO, words[0][:200] if words else type(error).__name__)
+    return words[0][:200].rstrip(".") if words else type(error).__name__
 
 
 def as_it_is(path: Path) -> str:

@@ -6,7 +6,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any
 
-from anomaly_vae.entries import Entry, Nested, as_os_error, failed, flat, is_hidden, is_picture
+from anomaly_vae.entries import Entry, Nested, as_os_error, failed, flat, is_hidden, is_picture, words_of
 from anomaly_vae.errors import DataError
 from anomaly_vae.external_sort import in_order
 from anomaly_vae.paths import printable
@@ -34,6 +34,8 @@ class ObjectStore:
         except ValueError as error:
             raise DataError(f"{url}: {error}; known are {', '.join(_SCHEMES)} and what else fsspec lists") from None
         is_s3 = "s3" in self._files.protocol
+        if is_s3 and not root:
+            raise DataError(f"{url}: name a bucket, as in s3://bucket/in")
         self._list: Callable[[str], Iterator[bytes]] = self._pages if is_s3 else self._listed
         self._root = f"{root.rstrip('/')}/"
         self._one: dict[str, Any] | None = None
@@ -45,8 +47,8 @@ class ObjectStore:
             else:
                 self._files.info(root)
         except Exception as error:  # every store has errors of its own
-            what = as_os_error(error).strerror
-            raise DataError(f"{self.identity} cannot be listed: {what}; look at its name and your keys") from None
+            what = f"{self.identity} cannot be listed: {words_of(error)}"
+            raise DataError(f"{what}; look at its name and your keys") from None
 
     def __iter__(self) -> Iterator[Entry]:
         if self._one is not None:
@@ -54,7 +56,7 @@ class ObjectStore:
         return flat(self._below(self._root, ""))
 
     def _entry(self, path: str, size: int | None, mtime: float | None) -> Entry:
-        return Entry(self._shown(path), size, mtime, partial(self._read, path))
+        return Entry(self._shown(path), size, mtime, partial(self._read, path, size))
 
     def _below(self, folder: str, inside: str) -> Nested:
         try:
@@ -98,7 +100,9 @@ class ObjectStore:
             if path.startswith(folder) and path != folder:
                 yield _packed(path[len(folder) :], one["type"] == "directory", one.get("size"), _modified(one))
 
-    def _read(self, path: str, most: int) -> bytes:
+    def _read(self, path: str, size: int | None, most: int) -> bytes:
+        if size == 0:
+            return b""  # of which stores refuse a range
         try:
             return bytes(self._files.cat_file(path, start=0, end=most))[:most]
         except Exception as error:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Protocol
 
-from anomaly_vae.entries import Entry, Nested, as_it_is, as_os_error, entry_of, failed, flat, is_hidden, is_picture
+from anomaly_vae.entries import Entry, Nested, as_it_is, entry_of, failed, flat, is_hidden, is_picture, words_of
 from anomaly_vae.errors import DataError
 from anomaly_vae.external_sort import in_order
 from anomaly_vae.images import IMAGE_SUFFIXES
@@ -55,7 +55,7 @@ def source_of(place: str, most: int) -> Source:
     try:
         return _on_disk(Path(place).expanduser(), most)
     except (OSError, RuntimeError) as error:  # the latter: nobody's home is known by that name
-        raise DataError(f"{printable(place)}: {as_os_error(error).strerror}; give {_KINDS}") from None
+        raise DataError(f"{printable(place)}: {words_of(error)}; give {_KINDS}") from None
 
 
 def _on_disk(path: Path, most: int) -> Source:

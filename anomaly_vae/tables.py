@@ -80,6 +80,8 @@ def _csv(place: Path, schema: pa.Schema) -> Iterator[pa.Table]:
     options = pc.ConvertOptions(column_types=types, strings_can_be_null=True, quoted_strings_can_be_null=False)
     lines = pc.ParseOptions(newlines_in_values=True)
     with place.open("rb") as opened, pc.open_csv(opened, convert_options=options, parse_options=lines) as file:
+        if not set(file.schema.names) >= set(schema.names):
+            raise ValueError("it has other columns")
         for batch in file:
             yield pa.Table.from_batches([batch]).select(schema.names)
 
