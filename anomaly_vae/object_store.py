@@ -1,7 +1,7 @@
 """Pictures in an object store, by URL: whatever fsspec knows."""
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -30,25 +30,31 @@ class ObjectStore:
         try:
             self._files, root = fsspec.core.url_to_fs(url)
         except ImportError as error:
-            raise DataError(f"{url}: {error}; for s3:// pip install 'anomaly-vae[s3]'") from None
+            raise DataError(f"{self.identity}: {error}; for s3:// pip install 'anomaly-vae[s3]'") from None
         except ValueError as error:
-            raise DataError(f"{url}: {error}; known are {', '.join(_SCHEMES)} and what else fsspec lists") from None
-        is_s3 = "s3" in self._files.protocol
-        if is_s3 and not root:
-            raise DataError(f"{url}: name a bucket, as in s3://bucket/in")
-        self._list: Callable[[str], Iterator[bytes]] = self._pages if is_s3 else self._listed
+            known = f"known are {', '.join(_SCHEMES)} and what else fsspec lists"
+            raise DataError(f"{self.identity}: {error}; {known}") from None
+        self._is_s3 = "s3" in self._files.protocol
+        if self._is_s3 and not root:
+            raise DataError(f"{self.identity}: name a bucket, as in s3://bucket/in")
         self._root = f"{root.rstrip('/')}/"
-        self._one: dict[str, Any] | None = None
+        self._bucket = self._files.split_path(root)[0] if self._is_s3 else ""
         try:
-            if is_picture(root.rpartition("/")[2]) and self._files.isfile(root):
-                self._one = self._files.info(root)
-            elif is_s3:
-                self._page(self._root, MaxKeys=1)
-            else:
-                self._files.info(root)
+            self._one = self._looked_at(root)
         except Exception as error:  # every store has errors of its own
             what = f"{self.identity} cannot be listed: {words_of(error)}"
             raise DataError(f"{what}; look at its name and your keys") from None
+
+    def _looked_at(self, root: str) -> dict[str, Any] | None:
+        """What is known of a single picture; of all else, whether it can be listed."""
+        if is_picture(root.rpartition("/")[2]) and self._files.isfile(root):
+            found: dict[str, Any] = self._files.info(root)
+            return found
+        if self._is_s3:
+            self._page(self._root, MaxKeys=1)
+        else:
+            self._files.info(root)
+        return None
 
     def __iter__(self) -> Iterator[Entry]:
         if self._one is not None:
@@ -60,7 +66,8 @@ class ObjectStore:
 
     def _below(self, folder: str, inside: str) -> Nested:
         try:
-            for record in in_order(self._list(folder)):
+            found = self._pages(folder) if self._is_s3 else self._listed(folder)
+            for record in in_order(found):
                 name, is_folder, size, mtime = _unpacked(record)
                 if is_folder and not is_hidden(name):
                     yield self._below(f"{folder}{name}/", f"{inside}{name}/")
@@ -72,7 +79,7 @@ class ObjectStore:
     def _pages(self, folder: str) -> Iterator[bytes]:
         """What is in a folder of S3, page by page: fsspec would hold all of it, and loses names with two slashes."""
         more: dict[str, str] = {}
-        start = len(folder.partition("/")[2])
+        start = len(folder) - len(self._bucket) - 1
         while True:
             page = self._page(folder, **more)
             for one in page.get("CommonPrefixes", ()):
@@ -85,9 +92,9 @@ class ObjectStore:
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
     def _page(self, folder: str, **more: Any) -> dict[str, Any]:
-        bucket, _, prefix = folder.partition("/")
+        prefix, always = folder.removeprefix(f"{self._bucket}/"), self._files.req_kw
         found: dict[str, Any] = self._files.call_s3(
-            "list_objects_v2", Bucket=bucket, Prefix=prefix, Delimiter="/", **self._files.req_kw, **more
+            "list_objects_v2", Bucket=self._bucket, Prefix=prefix, Delimiter="/", **always, **more
         )
         return found
 
