@@ -105,14 +105,14 @@ def test_a_path_that_a_list_has_twice_has_two_rows_of_the_same(engine, pictures,
 def test_a_damaged_archive_is_rows_with_errors(engine, pictures, tmp_path, kind):
     place = sources(tmp_path, pictures, kind)
     raw = bytearray(place.read_bytes())
-    raw[len(raw) // 3] ^= 255
+    raw[raw.index(pictures[5].name.encode()) + 60 if kind == "zip" else len(raw) // 3] ^= 255
     place.write_bytes(raw)
     rows, _ = run(engine, place, tmp_path / "out.jsonl")
     errors = {row["path"].removeprefix(f"{place}"): row["error"] for row in rows if row["error"]}
     if kind == "zip":
         assert len(rows) == 41
         assert len(errors) == 2
-        assert any("Bad CRC-32" in error or "header" in error for error in errors.values())
+        assert "Bad CRC-32" in errors[f"/{pictures[5].name}"]
     else:
         assert rows[-1]["path"] == str(place)
         assert errors[""].startswith("cannot be read: ")
