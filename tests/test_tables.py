@@ -65,7 +65,7 @@ def test_the_name_of_a_result_may_be_any(tmp_path, ending):
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_large_results_are_streams(tmp_path, ending):
-    place, rows = tmp_path / f"x{ending}", [{**ROW, "path": f"{'x' * 150}{i}.png"} for i in range(2000)]
+    place, rows = tmp_path / f"x{ending}", [{**ROW, "path": f"{'x' * 150}\n{i}.png"} for i in range(2000)]
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
     before = pa.total_allocated_bytes()
     held = []
