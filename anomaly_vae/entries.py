@@ -1,10 +1,10 @@
 """`Entry`: one file of a scan's source, wherever it lies."""
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from anomaly_vae.images import IMAGE_SUFFIXES
 from anomaly_vae.paths import printable, read_file
@@ -15,7 +15,7 @@ Read = Callable[[int], bytes]
 
 @dataclass(frozen=True)
 class Entry:
-    """One file. `path`: valid Unicode, and no other entry's; `size` in bytes and `mtime` in seconds, where known."""
+    """One file. `path`: valid Unicode, no other file's; `size` in bytes and `mtime` in seconds, where known."""
 
     path: str
     size: int | None
@@ -23,17 +23,41 @@ class Entry:
     read: Read
 
 
+Nested = Iterator["Entry | Nested"]
+
+
+def flat(entries: Nested) -> Iterator[Entry]:
+    """Entries, and in the place of an iterator what it yields; folders of any depth need no recursion."""
+    levels = [entries]
+    while levels:
+        one = next(levels[-1], None)
+        if one is None:
+            levels.pop()
+        elif isinstance(one, Entry):
+            yield one
+        else:
+            levels.append(one)
+
+
 def is_picture(name: str) -> bool:
-    """Whether a file's name, or its path, ends as those of pictures do; hidden files are none."""
-    path = PurePosixPath(name)
-    return not path.name.startswith(".") and path.suffix.lower() in IMAGE_SUFFIXES
+    """Whether a name, or a path below a source, ends as those of pictures do; what is hidden is none, nor is what lies
+    in a hidden folder."""
+    *folders, last = name.split("/")
+    if is_hidden(last) or any(map(is_hidden, folders)):
+        return False
+    return f".{last.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES and "." in last
+
+
+def is_hidden(name: str) -> bool:
+    """Whether the name of a file or folder begins with a dot."""
+    return name.startswith(".") and name not in (".", "..")
 
 
 def entry_of(path: Path) -> Entry:
     """A file on disk, there or not."""
     try:
         found = path.stat()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # no path holds a NUL
         return failed(printable(path), error)
     return Entry(printable(path), found.st_size, found.st_mtime, partial(read_file, path))
 
@@ -48,11 +72,18 @@ def failed(path: str, error: Exception) -> Entry:
 
 
 def as_os_error(error: Exception) -> OSError:
-    """What went wrong, in one line, as what `read` may raise."""
+    """What went wrong as what `read` may raise."""
     if isinstance(error, OSError) and error.strerror:
         return error
+    return OSError(errno.EIO, words_of(error))
+
+
+def words_of(error: Exception) -> str:
+    """What went wrong, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     words = str(error).splitlines()
-    return OSError(errno.EIO, words[0][:200] if words else type(error).__name__)
+    return words[0][:200].rstrip(".") if words else type(error).__name__
 
 
 def as_it_is(path: Path) -> str:

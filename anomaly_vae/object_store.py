@@ -1,19 +1,24 @@
 """Pictures in an object store, by URL: whatever fsspec knows."""
 
+import struct
 from collections.abc import Iterator
 from datetime import datetime
 from functools import partial
 from typing import Any
 
-from anomaly_vae.entries import Entry, as_os_error, failed, is_picture
+from anomaly_vae.entries import Entry, Nested, as_os_error, failed, flat, is_hidden, is_picture, words_of
 from anomaly_vae.errors import DataError
+from anomaly_vae.external_sort import in_order
 from anomaly_vae.paths import printable
+
+_SCHEMES = ("s3://", "gs://", "az://", "https://", "memory://")
 
 
 class ObjectStore:
     """Pictures below a URL that fsspec knows (s3://, gs://, az://, http:// ..), in the order of their paths.
 
-    Keys are taken from where the store's own tools have them: environment or profile.
+    Keys are taken from where the store's own tools have them: environment or profile. Raises `DataError` where there
+    is nothing to list.
     """
 
     sorted, plain = True, False
@@ -21,44 +26,112 @@ class ObjectStore:
     def __init__(self, url: str) -> None:
         import fsspec
 
-        self._scheme = url.partition("://")[0]
+        self.identity = printable(url)
         try:
-            self._files, self._root = fsspec.core.url_to_fs(url)
+            self._files, root = fsspec.core.url_to_fs(url)
         except ImportError as error:
-            raise DataError(f"{url}: {error}; for s3:// pip install 'anomaly-vae[s3]'") from None
+            raise DataError(f"{self.identity}: {error}; for s3:// pip install 'anomaly-vae[s3]'") from None
         except ValueError as error:
-            raise DataError(f"{url}: {error}; known are {', '.join(_SCHEMES)} and what else fsspec lists") from None
-        self.identity = url
+            known = f"known are {', '.join(_SCHEMES)} and what else fsspec lists"
+            raise DataError(f"{self.identity}: {error}; {known}") from None
+        self._is_s3 = "s3" in self._files.protocol
+        if self._is_s3 and not root:
+            raise DataError(f"{self.identity}: name a bucket, as in s3://bucket/in")
+        self._root = f"{root.rstrip('/')}/"
+        self._bucket = self._files.split_path(root)[0] if self._is_s3 else ""
+        try:
+            self._one = self._looked_at(root)
+        except Exception as error:  # every store has errors of its own
+            what = f"{self.identity} cannot be listed: {words_of(error)}"
+            raise DataError(f"{what}; look at its name and your keys") from None
+
+    def _looked_at(self, root: str) -> dict[str, Any] | None:
+        """What is known of a single picture; of all else, whether it can be listed."""
+        if is_picture(root.rpartition("/")[2]) and self._files.isfile(root):
+            found: dict[str, Any] = self._files.info(root)
+            return found
+        if self._is_s3:
+            self._page(self._root, MaxKeys=1)
+        else:
+            self._files.info(root)
+        return None
 
     def __iter__(self) -> Iterator[Entry]:
-        return self._below(self._root)
+        if self._one is not None:
+            return iter([self._entry(self._root[:-1], self._one.get("size"), _modified(self._one))])
+        return flat(self._below(self._root, ""))
 
-    def _below(self, folder: str) -> Iterator[Entry]:
+    def _entry(self, path: str, size: int | None, mtime: float | None) -> Entry:
+        return Entry(self._shown(path), size, mtime, partial(self._read, path, size))
+
+    def _below(self, folder: str, inside: str) -> Nested:
         try:
-            found = self._files.ls(folder, detail=True)
-        except Exception as error:  # every store has errors of its own
-            yield failed(self._shown(folder), error)
-            return
-        self._files.invalidate_cache(folder)
-        for one in sorted(found, key=lambda one: one["name"].rstrip("/").encode()):
+            found = self._pages(folder) if self._is_s3 else self._listed(folder)
+            for record in in_order(found):
+                name, is_folder, size, mtime = _unpacked(record)
+                if is_folder and not is_hidden(name):
+                    yield self._below(f"{folder}{name}/", f"{inside}{name}/")
+                elif not is_folder and is_picture(inside + name):
+                    yield self._entry(folder + name, size, mtime)
+        except Exception as error:
+            yield failed(self._shown(folder.rstrip("/")), error)
+
+    def _pages(self, folder: str) -> Iterator[bytes]:
+        """What is in a folder of S3, page by page: fsspec would hold all of it, and loses names with two slashes."""
+        more: dict[str, str] = {}
+        start = len(folder) - len(self._bucket) - 1
+        while True:
+            page = self._page(folder, **more)
+            for one in page.get("CommonPrefixes", ()):
+                yield _packed(one["Prefix"][start:-1], True, None, None)
+            for one in page.get("Contents", ()):
+                if one["Key"][start:]:  # what stands for the folder itself
+                    yield _packed(one["Key"][start:], False, one["Size"], one["LastModified"].timestamp())
+            if not page.get("IsTruncated"):
+                return
+            more = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def _page(self, folder: str, **more: Any) -> dict[str, Any]:
+        prefix, always = folder.removeprefix(f"{self._bucket}/"), self._files.req_kw
+        found: dict[str, Any] = self._files.call_s3(
+            "list_objects_v2", Bucket=self._bucket, Prefix=prefix, Delimiter="/", **always, **more
+        )
+        return found
+
+    def _listed(self, folder: str) -> Iterator[bytes]:
+        """What is in a folder of any other store."""
+        self._files.invalidate_cache()
+        for one in self._files.ls(folder, detail=True):
             path = one["name"].rstrip("/")
-            if one["type"] == "directory" and path != folder.rstrip("/"):
-                yield from self._below(path)
-            elif one["type"] == "file" and is_picture(path):
-                read = partial(self._read, path)
-                yield Entry(self._shown(path), one.get("size"), _modified(one), read)
+            # Pages on the web name the folder above, and what is elsewhere.
+            if path.startswith(folder) and path != folder:
+                yield _packed(path[len(folder) :], one["type"] == "directory", one.get("size"), _modified(one))
 
-    def _read(self, path: str, most: int) -> bytes:
+    def _read(self, path: str, size: int | None, most: int) -> bytes:
+        if size == 0:
+            return b""  # of which stores refuse a range
         try:
-            return bytes(self._files.cat_file(path, start=0, end=most))
+            return bytes(self._files.cat_file(path, start=0, end=most))[:most]
         except Exception as error:
             raise as_os_error(error) from None
 
     def _shown(self, path: str) -> str:
-        return printable(f"{self._scheme}://{path.lstrip('/') if self._scheme != 'file' else path}")
+        return printable(self._files.unstrip_protocol(path))
 
 
-_SCHEMES = ("s3://", "gs://", "az://", "https://", "file://", "memory://")
+def _packed(name: str, is_folder: bool, size: int | None, mtime: float | None) -> bytes:
+    """A record that sorts by name, a file before the folder of its name, and a folder before all longer names."""
+    known = (size is not None) + 2 * (mtime is not None)
+    return name.encode("utf-8", "surrogateescape") + struct.pack("<xBBqd", is_folder, known, size or 0, mtime or 0.0)
+
+
+_PACKED = struct.calcsize("<xBBqd")
+
+
+def _unpacked(record: bytes) -> tuple[str, bool, int | None, float | None]:
+    is_folder, known, size, mtime = struct.unpack("<xBBqd", record[-_PACKED:])
+    name = record[:-_PACKED].decode("utf-8", "surrogateescape")
+    return name, bool(is_folder), size if known & 1 else None, mtime if known & 2 else None
 
 
 def _modified(found: dict[str, Any]) -> float | None:

@@ -14,13 +14,16 @@ def printable(path: Path | str | bytes) -> str:
 
 def on_disk(path: str) -> Path:
     """The path that `printable` showed."""
-    raw = re.sub(rb"\\(\\|x([0-9a-f]{2}))", lambda m: bytes.fromhex(m[2].decode()) if m[2] else b"\\", path.encode())
-    return Path(os.fsdecode(raw))
+    return Path(os.fsdecode(_bytes_of(path)))
 
 
 def order_of(path: str) -> tuple[bytes, ...]:
-    """What sorted sources are sorted by: the names of folders and file, as bytes."""
-    return tuple(os.fsencode(on_disk(path)).split(b"/"))
+    """What sorted sources are sorted by: the names of folders and file, as bytes. No two paths have the same."""
+    return tuple(_bytes_of(path).split(b"/"))
+
+
+def _bytes_of(path: str) -> bytes:
+    return re.sub(rb"\\(\\|x([0-9a-f]{2}))", lambda m: bytes.fromhex(m[2].decode()) if m[2] else b"\\", path.encode())
 
 
 def read_file(path: Path, most: int) -> bytes:

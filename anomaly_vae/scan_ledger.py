@@ -197,7 +197,7 @@ class Ledger:
 
 def _read(segments: list[Path], columns: list[str] | None) -> Iterator[pa.Table]:
     for place in segments:
-        with pq.ParquetFile(place) as file:
+        with place.open("rb") as opened, pq.ParquetFile(opened) as file:
             for batch in file.iter_batches(_AT_ONCE, columns=columns):
                 yield pa.Table.from_batches([batch])
 
@@ -209,6 +209,6 @@ def _ordered(go: int, segments: list[Path], columns: list[str] | None) -> Iterat
 
 
 def _end(place: Path, which: int) -> tuple[bytes, ...]:
-    with pq.ParquetFile(place) as file:
+    with place.open("rb") as opened, pq.ParquetFile(opened) as file:
         group = file.read_row_group(0 if which == 0 else file.num_row_groups - 1, columns=["path"])
     return order_of(group["path"][which].as_py())

@@ -4,16 +4,16 @@ A source yields `Entry` after `Entry` and never holds all of them. What cannot b
 whoever reads it gets the reason.
 """
 
+import codecs
 import glob
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Protocol
 
-from anomaly_vae.entries import Entry, as_it_is, entry_of, failed, is_picture
+from anomaly_vae.entries import Entry, Nested, as_it_is, entry_of, failed, flat, is_hidden, is_picture, words_of
 from anomaly_vae.errors import DataError
 from anomaly_vae.external_sort import in_order
 from anomaly_vae.images import IMAGE_SUFFIXES
@@ -47,16 +47,23 @@ class Source(Protocol):
 
 def source_of(place: str, most: int) -> Source:
     """The source that a user means by `place`; `most`: bytes that a picture may have. Raises `DataError`."""
-    path = Path(place).expanduser()
-    suffix = path.name.lower()
+    place = place.removeprefix("file://")
     if "://" in place:
         return ObjectStore(place)
     if place == "-":
         return FileList(place)
+    try:
+        return _on_disk(Path(place).expanduser(), most)
+    except (OSError, RuntimeError) as error:  # the latter: nobody's home is known by that name
+        raise DataError(f"{printable(place)}: {words_of(error)}; give {_KINDS}") from None
+
+
+def _on_disk(path: Path, most: int) -> Source:
+    suffix = path.name.lower()
     if path.is_dir():
         return Folder(path)
     if not path.exists():
-        if glob.has_magic(place):
+        if glob.has_magic(str(path)):
             return Pattern(path)
         raise DataError(f"{printable(path)} does not exist; give {_KINDS}")
     if suffix.endswith(_ZIPS):
@@ -64,125 +71,169 @@ def source_of(place: str, most: int) -> Source:
     if suffix.endswith(_TARS):
         return Tar(path, most)
     if suffix.endswith(_LISTS):
-        return FileList(place)
+        return FileList(str(path))
     if path.suffix.lower() in IMAGE_SUFFIXES:
-        return Listed([path], str(path))
+        return OneFile(path)
     raise DataError(f"{printable(path)} is no source of pictures; give {_KINDS}")
 
 
-@dataclass(frozen=True)
 class Folder:
     """Pictures under a folder in the order of their paths, hidden ones left out.
 
-    Links to folders are followed; no folder is listed twice, so that loops end. `chosen`: those wanted, by their path
-    below the folder.
+    Links to folders are followed; no folder is listed twice, so that loops end: its first path counts.
     """
 
-    root: Path
-    chosen: Callable[[str], bool] = is_picture
     sorted = plain = True
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
 
     @property
     def identity(self) -> str:
         return printable(self.root.absolute())
 
-    def __iter__(self) -> Iterator[Entry]:
-        return self._below(self.root, "", set())
+    def chosen(self, path: str) -> bool:
+        """Whether a file is wanted, by its path below the folder."""
+        return is_picture(path)
 
-    def _below(self, folder: Path, inside: str, seen: set[tuple[int, int]]) -> Iterator[Entry]:
+    def entered(self, path: str) -> bool:
+        """Whether there may be wanted files in a folder, by its path below this one."""
+        return True
+
+    def __iter__(self) -> Iterator[Entry]:
+        return flat(self._below(self.root, "", set()))
+
+    def _below(self, folder: Path, inside: str, seen: set[tuple[int, int]]) -> Nested:
         try:
             found = folder.stat()
             if (found.st_dev, found.st_ino) in seen:
                 return
             seen.add((found.st_dev, found.st_ino))
-            listed = os.scandir(folder)
+            for marked in in_order(_names(folder)):
+                name = os.fsdecode(marked.rstrip(_FOLDER))
+                if not marked.endswith(_FOLDER):
+                    if self.chosen(inside + name):
+                        yield entry_of(folder / name)
+                elif self.entered(inside + name):
+                    yield self._below(folder / name, f"{inside}{name}/", seen)
         except OSError as error:
             yield failed(printable(folder), error)
-            return
-        with listed:
-            for name in in_order(_marked(entry) for entry in listed if not entry.name.startswith(".")):
-                path = folder / os.fsdecode(name.rstrip(_FOLDER))
-                if name.endswith(_FOLDER):
-                    yield from self._below(path, f"{inside}{path.name}/", seen)
-                elif self.chosen(inside + path.name):
-                    yield entry_of(path)
 
 
 _FOLDER = b"\0"
 """Behind the name of a folder: less than all that a longer name could go on with, as `order_of` has it."""
 
 
-def _marked(entry: os.DirEntry[str]) -> bytes:
+def _names(folder: Path) -> Iterator[bytes]:
+    with os.scandir(folder) as listed:
+        for entry in listed:
+            if not is_hidden(entry.name):
+                yield os.fsencode(entry.name) + (_FOLDER if _is_folder(entry) else b"")
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
-        is_folder = entry.is_dir()
+        return entry.is_dir()
     except OSError:
-        is_folder = False
-    return os.fsencode(entry.name) + (_FOLDER if is_folder else b"")
+        return False
 
 
 class Pattern(Folder):
     """Files that a pattern chooses: `*` and `?` within a name, `**` over folders; hidden ones are left out."""
 
     def __init__(self, pattern: Path) -> None:
-        plain = next(i for i, part in enumerate(pattern.parts) if glob.has_magic(part))
         # The standard library has the like of it from Python 3.13 on.
         from fsspec.utils import glob_translate
 
-        below = "/".join(pattern.parts[plain:])
-        matches = re.compile(glob_translate(below)).match
-        super().__init__(Path(*pattern.parts[:plain]), lambda path: matches(path) is not None)
-        object.__setattr__(self, "below", below)
+        plain = next(i for i, part in enumerate(pattern.parts) if glob.has_magic(part))
+        super().__init__(Path(*pattern.parts[:plain]))
+        parts = pattern.parts[plain:]
+        self._below_root = "/".join(parts)
+        # Behind ** a folder may have any name; before it, one that is not of the pattern is not even looked into.
+        certain = parts.index("**") if "**" in parts else len(parts) - 1
+        self._deep = "**" in parts
+        try:
+            self._chosen = re.compile(glob_translate(self._below_root))
+            self._entered = [re.compile(glob_translate("/".join(parts[: i + 1]))) for i in range(certain)]
+        except (ValueError, re.error) as error:
+            raise DataError(f"{printable(pattern)}: {error}") from None
         if not self.root.is_dir():
             raise DataError(f"{printable(self.root)} is no folder; mend the pattern")
 
-    below: str
-
     @property
     def identity(self) -> str:
-        return f"{super().identity}/{self.below}"
+        return f"{super().identity}/{printable(self._below_root)}"
+
+    def chosen(self, path: str) -> bool:
+        return self._chosen.match(path) is not None
+
+    def entered(self, path: str) -> bool:
+        depth = path.count("/")
+        return self._entered[depth].match(path) is not None if depth < len(self._entered) else self._deep
 
 
-class Listed:
-    """Given files, in the order given."""
+class OneFile:
+    """A single file."""
 
     sorted, plain = False, True
 
-    def __init__(self, paths: Iterable[Path], identity: str) -> None:
-        self._paths, self.identity = paths, identity
+    def __init__(self, path: Path) -> None:
+        self._path, self.identity = path, printable(path.absolute())
 
     def __iter__(self) -> Iterator[Entry]:
-        return map(entry_of, self._paths)
+        yield entry_of(self._path)
 
 
 class FileList:
     """A file with a path on each line, or with a NUL behind each (`find -print0`); `-` reads it from standard input.
 
-    Paths are relative to the current folder, as those that `find` prints.
+    Paths are relative to the current folder, as those that `find` prints. A path that is there twice is scanned twice.
     """
 
     sorted, plain = False, True
 
     def __init__(self, place: str) -> None:
-        self._place, self.identity = place, "-" if place == "-" else as_it_is(Path(place).expanduser())
+        self._place = place
+        self._name = "standard input" if place == "-" else printable(place)
+        listed = "-" if place == "-" else as_it_is(Path(place))
+        self.identity = f"{listed}, from {printable(Path.cwd())}"
 
     def __iter__(self) -> Iterator[Entry]:
-        with sys.stdin.buffer if self._place == "-" else Path(self._place).expanduser().open("rb") as file:
-            for name in _pieces(file):
-                yield entry_of(Path(os.fsdecode(name)).expanduser())
+        try:
+            with sys.stdin.buffer if self._place == "-" else Path(self._place).open("rb") as file:
+                for name in _pieces(file, self._name):
+                    yield entry_of(Path(os.fsdecode(name)))
+        except OSError as error:
+            raise DataError(
+                f"{self._name} cannot be read: {error.strerror}; mend that and repeat the command"
+            ) from None
 
 
-def _pieces(file: IO[bytes]) -> Iterator[bytes]:
-    """What stands between ends of lines, or between NULs if the first piece ends in one; empty ones are left out."""
-    end, rest = None, b""
-    while more := file.read(1 << 16):
+_LONGEST = 1 << 16
+"""Bytes of a piece of a list; paths are far shorter."""
+_WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def _pieces(file: IO[bytes], name: str) -> Iterator[bytes]:
+    """What stands between ends of lines, or between NULs if there is one in the beginning; empty ones are left out."""
+    rest = file.read(_LONGEST)
+    if rest.startswith(_WIDE):
+        raise DataError(f"{name} is UTF-16; save it as UTF-8")
+    rest = rest.removeprefix(codecs.BOM_UTF8)
+    # No path is as long as what was read, so that the NUL behind the first one is in it.
+    end = b"\0" if b"\0" in rest else b"\n"
+    while True:
+        *whole, rest = rest.split(end)
+        yield from filter(None, (_stripped(piece, end) for piece in whole))
+        if len(rest) > _LONGEST:
+            raise DataError(f"{name} is no list of files: what stands on one line is too long for a path")
+        more = file.read(_LONGEST)
+        if not more:
+            break
         rest += more
-        if end is None and (b"\0" in rest or b"\n" in rest):
-            end = b"\0" if b"\0" in rest else b"\n"
-        *whole, rest = rest.split(end) if end else [rest]
-        yield from (_stripped(piece) for piece in whole if _stripped(piece))
-    if _stripped(rest):
-        yield _stripped(rest)
+    yield from filter(None, [_stripped(rest, end)])
 
 
-def _stripped(piece: bytes) -> bytes:
-    return piece.removesuffix(b"\r")
+def _stripped(piece: bytes, end: bytes) -> bytes:
+    """Without what lists from Windows have before the end of a line."""
+    return piece.removesuffix(b"\r") if end == b"\n" else piece
