@@ -89,7 +89,7 @@ def scan(
         except KeyboardInterrupt:
             console.note("interrupted; the same command goes on from here, with --fresh it begins anew")
             raise typer.Exit(130) from None
-        made = _Made(engine, pictures, running, summary)
+        made = _Made(engine, pictures, source, running, summary)
         page = made.as_wished(wishes, fdr)
         running.finish(summary)
     if as_json:
@@ -98,7 +98,7 @@ def scan(
         for line in [*_lines(summary, fdr, out), *made.lines]:
             console.say(line)
     if send_to is not None:
-        console.note(made.send(send_to, bundle, source, page))
+        console.note(made.send(send_to, bundle, page))
     raise typer.Exit(_code(summary, fail_above, strict))
 
 
@@ -130,8 +130,9 @@ class _Wishes:
 class _Made:
     """Makes it; `lines` say so."""
 
-    def __init__(self, engine: "Engine", source: "Source", scan: "Scan", summary: "Summary") -> None:
+    def __init__(self, engine: "Engine", source: "Source", name: str, scan: "Scan", summary: "Summary") -> None:
         self._engine, self._source, self._scan, self._summary = engine, source, scan, summary
+        self._name = "".join(one if one.isprintable() else " " for one in name)[-200:]
         self.lines: list[str] = []
 
     def _rows(self, column: str, wanted: "Callable[[Any], bool]") -> "Iterator[str]":
@@ -170,9 +171,11 @@ class _Made:
         verdict = f"a picture with a p-value of at most {policy.alpha:g} ({policy.mode})"
         if fdr is not None:
             verdict = f"one by Benjamini and Hochberg at a false-discovery rate of {fdr:g} over the whole scan"
-        return scan_report(self._engine, self._source, self._summary, self._scan.tables(self._summary), verdict)
+        return scan_report(
+            self._engine, self._source, self._summary, self._scan.tables(self._summary), self._name, verdict
+        )
 
-    def send(self, url: str, bundle: Path, source: str, page: str) -> str:
+    def send(self, url: str, bundle: Path, page: str) -> str:
         from datetime import UTC, datetime
 
         from anomaly_vae.client import Client
@@ -181,7 +184,7 @@ class _Made:
 
         counts, detector = self._summary.counts, self._engine.detector
         told = FinishedScan(
-            name="".join(one if one.isprintable() else " " for one in source)[-200:],
+            name=self._name,
             model=bundle.resolve().name,
             version=detector.version,
             started=datetime.fromtimestamp(self._scan.ledger.started, UTC),

@@ -173,7 +173,7 @@ class Ledger:
 
     def _open(self) -> None:
         place = self.folder / _FACTS
-        if place.exists() and not self._fresh:
+        if place.exists() and not self._fresh and any(self.folder.glob("*-*.parquet")):
             found = json.loads(place.read_text())
             self.started = found.pop("started", self.started)
             self._compare(found)

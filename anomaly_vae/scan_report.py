@@ -35,8 +35,10 @@ class Shown:
     heat: str | None
 
 
-def scan_report(engine: Engine, source: Source, summary: Summary, tables: Iterable[pa.Table], verdict: str) -> str:
-    """The page; `tables`: all rows once more. `verdict`: when a picture is an outlier, in words."""
+def scan_report(
+    engine: Engine, source: Source, summary: Summary, tables: Iterable[pa.Table], name: str, verdict: str
+) -> str:
+    """The page; `tables`: all rows once more. `name`: of the scan. `verdict`: when a picture is an outlier."""
     detector, counts = engine.detector, summary.counts
     calibration = np.concatenate(detector.calibration.scores)
     threshold = None if summary.by_fdr else detector.policy.threshold
@@ -45,7 +47,7 @@ def scan_report(engine: Engine, source: Source, summary: Summary, tables: Iterab
         drawn["scores"] = charts.score_histogram(calibration, summary.scores, threshold, ("calibration", "this scan"))
     return page(
         "scan.html",
-        f"Scan of {source.identity}",
+        f"Scan of {name}",
         detector,
         drawn,
         counts=counts,

@@ -44,7 +44,7 @@ def scanned(engine, place, out, wanted=Wanted()):  # noqa: B008
     source = source_of(str(place), engine.detector.image.max_bytes)
     with Scan(engine, source, out, wanted) as scan:
         summary = scan.run()
-        page = scan_report(engine, source, summary, scan.tables(summary), "one with a <small> p-value")
+        page = scan_report(engine, source, summary, scan.tables(summary), str(place), "one with a <small> p-value")
         scan.finish(summary)
     return page, summary
 
