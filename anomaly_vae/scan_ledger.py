@@ -23,7 +23,7 @@ from anomaly_vae.bundle import sync_folder, write_durably
 from anomaly_vae.errors import DataError
 from anomaly_vae.paths import order_of, printable
 
-_ROWS, _SECONDS = 16_384, 15.0
+_ROWS, _SECONDS = 16_384, 5.0
 """A segment is written when it has so many rows, or is so old: what a kill may cost."""
 _AT_ONCE = 4096
 _FACTS = "scan.json"
