@@ -1,13 +1,14 @@
 """Pictures in an object store, by URL: whatever fsspec knows."""
 
+import os
 from collections.abc import Iterator
 from datetime import datetime
 from functools import partial
 from typing import Any
 
-from anomaly_vae.entries import Entry, as_os_error, failed, is_picture
+from anomaly_vae.entries import Entry, Read, Reader, as_os_error, failed, is_picture
 from anomaly_vae.errors import DataError
-from anomaly_vae.paths import printable
+from anomaly_vae.paths import printable, unprinted
 
 
 class ObjectStore:
@@ -30,6 +31,10 @@ class ObjectStore:
             raise DataError(f"{url}: {error}; known are {', '.join(_SCHEMES)} and what else fsspec lists") from None
         self.identity = url
 
+    @property
+    def reader(self) -> Reader:
+        return partial(_reading, self.identity)
+
     def __iter__(self) -> Iterator[Entry]:
         return self._below(self._root)
 
@@ -40,13 +45,17 @@ class ObjectStore:
             yield failed(self._shown(folder), error)
             return
         self._files.invalidate_cache(folder)
-        for one in sorted(found, key=lambda one: one["name"].rstrip("/").encode()):
+        for one in sorted(found, key=lambda one: os.fsencode(one["name"].rstrip("/"))):
             path = one["name"].rstrip("/")
             if one["type"] == "directory" and path != folder.rstrip("/"):
                 yield from self._below(path)
             elif one["type"] == "file" and is_picture(path):
                 read = partial(self._read, path)
                 yield Entry(self._shown(path), one.get("size"), _modified(one), read)
+
+    def read_of(self, shown: str) -> Read:
+        """How to read the entry of this path."""
+        return partial(self._read, unprinted(shown).removeprefix(f"{self._scheme}://"))
 
     def _read(self, path: str, most: int) -> bytes:
         try:
@@ -56,6 +65,11 @@ class ObjectStore:
 
     def _shown(self, path: str) -> str:
         return printable(f"{self._scheme}://{path.lstrip('/') if self._scheme != 'file' else path}")
+
+
+def _reading(url: str, path: str) -> Read:
+    # Cheap for every file: fsspec keeps one connection for each store.
+    return ObjectStore(url).read_of(path)
 
 
 _SCHEMES = ("s3://", "gs://", "az://", "https://", "file://", "memory://")

@@ -12,10 +12,15 @@ def printable(path: Path | str | bytes) -> str:
     return os.fsencode(path).replace(b"\\", b"\\\\").decode("utf-8", "backslashreplace")
 
 
+def unprinted(path: str) -> str:
+    """What `printable` showed."""
+    raw = re.sub(rb"\\(\\|x([0-9a-f]{2}))", lambda m: bytes.fromhex(m[2].decode()) if m[2] else b"\\", path.encode())
+    return os.fsdecode(raw)
+
+
 def on_disk(path: str) -> Path:
     """The path that `printable` showed."""
-    raw = re.sub(rb"\\(\\|x([0-9a-f]{2}))", lambda m: bytes.fromhex(m[2].decode()) if m[2] else b"\\", path.encode())
-    return Path(os.fsdecode(raw))
+    return Path(unprinted(path))
 
 
 def order_of(path: str) -> tuple[bytes, ...]:

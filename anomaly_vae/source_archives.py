@@ -18,6 +18,7 @@ class Zip:
     """Pictures in a .zip, in the order of its table."""
 
     sorted = plain = False
+    reader = None
 
     def __init__(self, path: Path) -> None:
         self._path, self.identity = path, as_it_is(path)
@@ -49,6 +50,7 @@ class Tar:
     """Pictures in a .tar, compressed or not, in its order. It is read once, so that each is read when it is listed."""
 
     sorted = plain = False
+    reader = None
 
     def __init__(self, path: Path, most: int) -> None:
         self._path, self._most, self.identity = path, most, as_it_is(path)

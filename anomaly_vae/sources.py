@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
-from anomaly_vae.entries import Entry, as_it_is, entry_of, failed, is_picture
+from anomaly_vae.entries import DiskReader, Entry, Reader, as_it_is, entry_of, failed, is_picture
 from anomaly_vae.errors import DataError
 from anomaly_vae.external_sort import in_order
 from anomaly_vae.images import IMAGE_SUFFIXES
@@ -34,6 +34,8 @@ class Source(Protocol):
     `plain`: whether entries are files on disk, at `on_disk(path)`.
 
     `identity`: what a scan that goes on must find unchanged.
+
+    `reader`: how other processes read an entry by its path; None where they cannot.
     """
 
     @property
@@ -42,6 +44,8 @@ class Source(Protocol):
     def plain(self) -> bool: ...
     @property
     def identity(self) -> str: ...
+    @property
+    def reader(self) -> Reader | None: ...
     def __iter__(self) -> Iterator[Entry]: ...
 
 
@@ -85,6 +89,10 @@ class Folder:
     @property
     def identity(self) -> str:
         return printable(self.root.absolute())
+
+    @property
+    def reader(self) -> Reader:
+        return DiskReader(Path.cwd())
 
     def __iter__(self) -> Iterator[Entry]:
         return self._below(self.root, "", set())
@@ -148,7 +156,7 @@ class Listed:
     sorted, plain = False, True
 
     def __init__(self, paths: Iterable[Path], identity: str) -> None:
-        self._paths, self.identity = paths, identity
+        self._paths, self.identity, self.reader = paths, identity, DiskReader(Path.cwd())
 
     def __iter__(self) -> Iterator[Entry]:
         return map(entry_of, self._paths)
@@ -164,6 +172,7 @@ class FileList:
 
     def __init__(self, place: str) -> None:
         self._place, self.identity = place, "-" if place == "-" else as_it_is(Path(place).expanduser())
+        self.reader = DiskReader(Path.cwd())
 
     def __iter__(self) -> Iterator[Entry]:
         with sys.stdin.buffer if self._place == "-" else Path(self._place).expanduser().open("rb") as file:
