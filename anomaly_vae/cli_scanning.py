@@ -2,12 +2,14 @@
 
 import os
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from anomaly_vae.cli_common import Alpha, AsJson, BundleArgument, Device, engine_of, print_json
+from anomaly_vae.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -21,6 +23,13 @@ if TYPE_CHECKING:
 Which = Literal["none", "outliers", "all"]
 How = Literal["link", "move"]
 KEY = "ANOMALY_VAE_KEY"
+
+
+class Where(StrEnum):
+    """What does the work of a scan."""
+
+    local = "local"
+    ray = "ray"
 
 
 def scan(
@@ -65,27 +74,50 @@ def scan(
     precision: Annotated[
         str, typer.Option(help="float32, bfloat16 (quicker where the device has it), auto.")
     ] = "float32",
+    where: Annotated[
+        Where, typer.Option("--engine", help="local: this process; ray: one machine or many by Ray, see docs/scale.md.")
+    ] = Where.local,
+    address: Annotated[
+        str | None, typer.Option(help="With ray: a running cluster, such as auto; else one of this machine alone.")
+    ] = None,
+    actors: Annotated[int | None, typer.Option(help="With ray: how many judge at once; else all that fit.")] = None,
+    gpus_per_actor: Annotated[
+        float | None, typer.Option(help="With ray: such as 0.5; else 1 where the cluster has GPUs.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Score every picture of a folder, list, archive or bucket into a table; killed, the same command goes on."""
     from anomaly_vae import console
+    from anomaly_vae.scan_rows import scored
     from anomaly_vae.scan_view import ScanView
-    from anomaly_vae.scanning import Scan, Wanted
+    from anomaly_vae.scanning import Scan, Score, Wanted
     from anomaly_vae.sources import source_of
 
-    engine = engine_of(bundle, device, alpha, batch_size, precision)
+    on_ray = where is Where.ray
+    # Who drives a cluster judges nothing, and may lack what the actors have.
+    engine = engine_of(bundle, *(("cpu", alpha) if on_ray else (device, alpha, batch_size, precision)))
     pictures = source_of(source, engine.detector.image.max_bytes)
-    where = heatmaps_to or out.with_name(f"{out.name}.heatmaps")
-    wishes = _Wishes(report, heatmaps, where, quarantine, quarantine_by, send_to)
+    maps_to = heatmaps_to or out.with_name(f"{out.name}.heatmaps")
+    wishes = _Wishes(report, heatmaps, maps_to, quarantine, quarantine_by, send_to)
     wishes.check(pictures)
     if engine.remark:
         console.note(engine.remark)
-    with Scan(engine, pictures, out, Wanted(fdr, fresh, update)) as running:
+    running = Scan(engine, pictures, out, Wanted(fdr, fresh, update))
+    score: Score = scored
+    if on_ray:
+        from anomaly_vae.ray_cluster import Cluster
+        from anomaly_vae.scan_ray import Opening, RayScored
+
+        opening = Opening.of(bundle, device, alpha, batch_size, precision)
+        score = RayScored(Cluster(address, actors, gpus_per_actor), pictures, opening, running.ledger.folder)
+    elif (address, actors, gpus_per_actor) != (None, None, None):
+        raise ConfigError("--address, --actors and --gpus-per-actor are for --engine ray; add it")
+    with running:
         if running.ledger.begun:
             console.note("an earlier go was cut short; its rows are kept")
         try:
             with ScanView(pictures if pictures.plain and source != "-" else None) as view:
-                summary = running.run(view)
+                summary = running.run(view, score)
         except KeyboardInterrupt:
             console.note("interrupted; the same command goes on from here, with --fresh it begins anew")
             raise typer.Exit(130) from None
@@ -115,8 +147,6 @@ class _Wishes:
 
     def check(self, source: "Source") -> None:
         """Before hours of scanning rather than after them."""
-        from anomaly_vae.errors import ConfigError
-
         if self.report is not None:
             from anomaly_vae.reporting import check_report  # a second of imports
 

@@ -7,10 +7,13 @@ from functools import partial
 from pathlib import Path
 
 from anomaly_vae.images import IMAGE_SUFFIXES
-from anomaly_vae.paths import printable, read_file
+from anomaly_vae.paths import on_disk, printable, read_file
 
 Read = Callable[[int], bytes]
 """The first so many bytes of a file; raises `OSError`."""
+
+Reader = Callable[[str], Read]
+"""How to read the file of an entry's path; it may be sent to another machine that sees the same files."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,29 @@ def entry_of(path: Path) -> Entry:
     return Entry(printable(path), found.st_size, found.st_mtime, partial(read_file, path))
 
 
+@dataclass(frozen=True)
+class Failed:
+    """A reading that tells why there is nothing to read."""
+
+    error: Exception
+
+    def __call__(self, _: int) -> bytes:
+        raise as_os_error(self.error)
+
+
 def failed(path: str, error: Exception) -> Entry:
-    """An entry whose reading tells why there is nothing to read."""
+    """An entry that could not even be listed."""
+    return Entry(path, None, None, Failed(error))
 
-    def read(_: int) -> bytes:
-        raise as_os_error(error)
 
-    return Entry(path, None, None, read)
+@dataclass(frozen=True)
+class DiskReader:
+    """Reads files on disk; paths that are relative begin at the folder `start`."""
+
+    start: Path
+
+    def __call__(self, path: str) -> Read:
+        return partial(read_file, self.start / on_disk(path))
 
 
 def as_os_error(error: Exception) -> OSError:

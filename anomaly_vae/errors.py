@@ -51,6 +51,12 @@ class TrainingError(AnomalyVaeError):
     exit_code = 1
 
 
+class ClusterError(AnomalyVaeError):
+    """A cluster cannot be reached, or lost more than it can make good; what was done so far is kept."""
+
+    exit_code = 1
+
+
 class ServiceError(AnomalyVaeError):
     """A service refused, or gave no answer; raised by `Client`.
 

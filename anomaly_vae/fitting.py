@@ -181,6 +181,10 @@ class Fitting:
             pending.append(self._step(epoch * self.steps_an_epoch + i, indices, images))
         for loss in pending:
             sums += torch.stack(list(loss)).double().cpu()
+        if self.fabric.world_size > 1:
+            # Of the whole batch, not of one process's part; and when it is no number, all processes stop.
+            means = self.fabric.all_reduce(sums.float().to(self.fabric.device), reduce_op="mean")
+            sums = torch.as_tensor(means).double().cpu()
         total, reconstruction, latent = (sums / max(len(pending), 1)).tolist()
         if not math.isfinite(total):
             raise TrainingError(f"the loss is no longer a number in epoch {epoch + 1}; lower it: {self._slower()}")

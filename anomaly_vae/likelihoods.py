@@ -73,14 +73,28 @@ class _LocationScale(Likelihood):
         if self.scale != "optimal":
             return
         with torch.no_grad():
-            batch = self._batch_log_scale(x - self.mean(output)).clamp_min(MIN_LOG_SCALE)
+            error = _of_all_processes(self._mean_error(x - self.mean(output)))
+            batch = self._log_scale(error.clamp_min(1e-12)).clamp_min(MIN_LOG_SCALE)
             # The batch's own optimum is the scale of Rybkin et al.; the average of it is what scoring will use.
             self.log_scale.lerp_(batch.to(self.log_scale), 1.0 if not self.observed else _MOMENTUM)
             self.observed.fill_(1.0)
 
     @abstractmethod
-    def _batch_log_scale(self, error: Tensor) -> Tensor:
+    def _mean_error(self, error: Tensor) -> Tensor:
+        """Of a batch, shape (): what its best scale is made from."""
+
+    @abstractmethod
+    def _log_scale(self, mean_error: Tensor) -> Tensor:
         """log of the scale that suits a batch's errors best, shape ()."""
+
+
+def _of_all_processes(mean: Tensor) -> Tensor:
+    """The mean over the whole batch, of which each process has an equal part."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        mean = mean.clone()
+        torch.distributed.all_reduce(mean)
+        mean /= torch.distributed.get_world_size()
+    return mean
 
 
 class Gaussian(_LocationScale):
@@ -93,8 +107,11 @@ class Gaussian(_LocationScale):
     def deviation(self, output: Tensor, x: Tensor) -> Tensor:
         return (x - self.mean(output)) ** 2 * (-2 * self.log_scale_of(output)).exp()
 
-    def _batch_log_scale(self, error: Tensor) -> Tensor:
-        return 0.5 * error.float().square().mean().clamp_min(1e-12).log()
+    def _mean_error(self, error: Tensor) -> Tensor:
+        return error.float().square().mean()
+
+    def _log_scale(self, mean_error: Tensor) -> Tensor:
+        return 0.5 * mean_error.log()
 
 
 class Laplace(_LocationScale):
@@ -107,8 +124,11 @@ class Laplace(_LocationScale):
     def deviation(self, output: Tensor, x: Tensor) -> Tensor:
         return (x - self.mean(output)).abs() * (-self.log_scale_of(output)).exp()
 
-    def _batch_log_scale(self, error: Tensor) -> Tensor:
-        return error.float().abs().mean().clamp_min(1e-12).log()
+    def _mean_error(self, error: Tensor) -> Tensor:
+        return error.float().abs().mean()
+
+    def _log_scale(self, mean_error: Tensor) -> Tensor:
+        return mean_error.log()
 
 
 class Bernoulli(Likelihood):

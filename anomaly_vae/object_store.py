@@ -2,14 +2,26 @@
 
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from typing import Any
 
-from anomaly_vae.entries import Entry, Nested, as_os_error, failed, flat, is_hidden, is_picture, words_of
+from anomaly_vae.entries import (
+    Entry,
+    Nested,
+    Read,
+    Reader,
+    as_os_error,
+    failed,
+    flat,
+    is_hidden,
+    is_picture,
+    words_of,
+)
 from anomaly_vae.errors import DataError
 from anomaly_vae.external_sort import in_order
-from anomaly_vae.paths import printable
+from anomaly_vae.paths import printable, unprinted
 
 _SCHEMES = ("s3://", "gs://", "az://", "https://", "memory://")
 
@@ -26,7 +38,7 @@ class ObjectStore:
     def __init__(self, url: str) -> None:
         import fsspec
 
-        self.identity = printable(url)
+        self._url, self.identity = url, printable(url)
         try:
             self._files, root = fsspec.core.url_to_fs(url)
         except ImportError as error:
@@ -56,13 +68,17 @@ class ObjectStore:
             self._files.info(root)
         return None
 
+    @property
+    def reader(self) -> Reader:
+        return partial(_reading, self._url)
+
     def __iter__(self) -> Iterator[Entry]:
         if self._one is not None:
             return iter([self._entry(self._root[:-1], self._one.get("size"), _modified(self._one))])
         return flat(self._below(self._root, ""))
 
     def _entry(self, path: str, size: int | None, mtime: float | None) -> Entry:
-        return Entry(self._shown(path), size, mtime, partial(self._read, path, size))
+        return Entry(self._shown(path), size, mtime, partial(_read, self._files, path))
 
     def _below(self, folder: str, inside: str) -> Nested:
         try:
@@ -107,14 +123,6 @@ class ObjectStore:
             if path.startswith(folder) and path != folder:
                 yield _packed(path[len(folder) :], one["type"] == "directory", one.get("size"), _modified(one))
 
-    def _read(self, path: str, size: int | None, most: int) -> bytes:
-        if size == 0:
-            return b""  # of which stores refuse a range
-        try:
-            return bytes(self._files.cat_file(path, start=0, end=most))[:most]
-        except Exception as error:
-            raise as_os_error(error) from None
-
     def _shown(self, path: str) -> str:
         return printable(self._files.unstrip_protocol(path))
 
@@ -132,6 +140,27 @@ def _unpacked(record: bytes) -> tuple[str, bool, int | None, float | None]:
     is_folder, known, size, mtime = struct.unpack("<xBBqd", record[-_PACKED:])
     name = record[:-_PACKED].decode("utf-8", "surrogateescape")
     return name, bool(is_folder), size if known & 1 else None, mtime if known & 2 else None
+
+
+def _reading(url: str, path: str) -> Read:
+    """How to read one object, on whatever machine."""
+    import fsspec
+
+    files, _ = fsspec.core.url_to_fs(url)  # cheap for every file: fsspec keeps one connection for each store
+    stored = unprinted(path)
+    return partial(
+        _read, files, stored if "http" in files.protocol else stored.removeprefix(files.unstrip_protocol(""))
+    )
+
+
+def _read(files: Any, path: str, most: int) -> bytes:
+    try:
+        return bytes(files.cat_file(path, start=0, end=most))[:most]
+    except Exception as error:
+        with suppress(Exception):
+            if files.size(path) == 0:
+                return b""  # of which stores refuse a range
+        raise as_os_error(error) from None
 
 
 def _modified(found: dict[str, Any]) -> float | None:

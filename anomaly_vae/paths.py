@@ -12,9 +12,14 @@ def printable(path: Path | str | bytes) -> str:
     return os.fsencode(path).replace(b"\\", b"\\\\").decode("utf-8", "backslashreplace")
 
 
+def unprinted(path: str) -> str:
+    """What `printable` showed."""
+    return os.fsdecode(_bytes_of(path))
+
+
 def on_disk(path: str) -> Path:
     """The path that `printable` showed."""
-    return Path(os.fsdecode(_bytes_of(path)))
+    return Path(unprinted(path))
 
 
 def order_of(path: str) -> tuple[bytes, ...]:

@@ -30,6 +30,7 @@ class Zip:
     """Pictures in a .zip, in the order of its table."""
 
     sorted = plain = False
+    reader = None
 
     def __init__(self, path: Path) -> None:
         self._path, self.identity = path, as_it_is(path)
@@ -89,6 +90,7 @@ class Tar:
     """
 
     sorted = plain = False
+    reader = None
 
     def __init__(self, path: Path, most: int) -> None:
         self._path, self._most, self.identity = path, most, as_it_is(path)

@@ -13,7 +13,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Protocol
 
-from anomaly_vae.entries import Entry, Nested, as_it_is, entry_of, failed, flat, is_hidden, is_picture, words_of
+from anomaly_vae.entries import (
+    DiskReader,
+    Entry,
+    Nested,
+    Reader,
+    as_it_is,
+    entry_of,
+    failed,
+    flat,
+    is_hidden,
+    is_picture,
+    words_of,
+)
 from anomaly_vae.errors import DataError
 from anomaly_vae.external_sort import in_order
 from anomaly_vae.images import IMAGE_SUFFIXES
@@ -34,6 +46,8 @@ class Source(Protocol):
     `plain`: whether entries are files on disk, at `on_disk(path)`.
 
     `identity`: what a scan that goes on must find unchanged.
+
+    `reader`: how other processes read an entry by its path; None where they cannot.
     """
 
     @property
@@ -42,6 +56,8 @@ class Source(Protocol):
     def plain(self) -> bool: ...
     @property
     def identity(self) -> str: ...
+    @property
+    def reader(self) -> Reader | None: ...
     def __iter__(self) -> Iterator[Entry]: ...
 
 
@@ -95,6 +111,10 @@ class Folder:
     def chosen(self, path: str) -> bool:
         """Whether a file is wanted, by its path below the folder."""
         return is_picture(path)
+
+    @property
+    def reader(self) -> Reader:
+        return DiskReader(Path.cwd())
 
     def entered(self, path: str) -> bool:
         """Whether there may be wanted files in a folder, by its path below this one."""
@@ -178,7 +198,7 @@ class OneFile:
     sorted, plain = False, True
 
     def __init__(self, path: Path) -> None:
-        self._path, self.identity = path, printable(path.absolute())
+        self._path, self.identity, self.reader = path, printable(path.absolute()), DiskReader(Path.cwd())
 
     def __iter__(self) -> Iterator[Entry]:
         yield entry_of(self._path)
@@ -197,6 +217,7 @@ class FileList:
         self._name = "standard input" if place == "-" else printable(place)
         listed = "-" if place == "-" else as_it_is(Path(place))
         self.identity = f"{listed}, from {printable(Path.cwd())}"
+        self.reader = DiskReader(Path.cwd())
 
     def __iter__(self) -> Iterator[Entry]:
         try:

@@ -1,0 +1,196 @@
+"""Ray as far as a scan needs it: connecting quietly, what there is room for, and who rings when there is work."""
+
+import asyncio
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from anomaly_vae.errors import ClusterError, ConfigError
+
+_CPUS = 4
+"""Threads of an actor without a GPU; more of them gain less than another actor does."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where a scan runs. `address` None: this machine alone; `auto`: the cluster that it belongs to.
+
+    `actors` None: as many as find room. `gpus`: share of a GPU for each, None: one where the cluster has any.
+    """
+
+    address: str | None = None
+    actors: int | None = None
+    gpus: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.actors is not None and self.actors < 1:
+            raise ConfigError(f"--actors must be at least 1, not {self.actors}")
+        if self.gpus is not None and (self.gpus < 0 or (self.gpus > 1 and self.gpus != int(self.gpus))):
+            raise ConfigError(f"--gpus-per-actor is a share such as 0.5, or a whole number, not {self.gpus:g}")
+        if self.address is not None and self.address.startswith("ray://"):
+            raise ConfigError("--address ray://...: a scan keeps its ledger on a machine of the cluster; run it there, "
+                              "with --address auto, or by `ray job submit`")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Share:
+    """What each of `actors` actors has to itself; there is `room` for so many at present."""
+
+    actors: int
+    room: int
+    cpus: int
+    gpus: float
+
+    @classmethod
+    def of(cls, cluster: Cluster, device: str, nodes: list[dict[str, float]]) -> "Share":
+        """Shares of the machines `nodes`, each by its resources; raises `ConfigError` where no actor finds room."""
+        if device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"--device {device}: on a cluster each actor has devices of its own; use auto, cuda, cpu")
+        gpus = cluster.gpus
+        if gpus is None:
+            gpus = 1.0 if device == "cuda" or (device == "auto" and any(node.get("GPU") for node in nodes)) else 0.0
+        if device == "cpu" and gpus:
+            raise ConfigError(f"--device cpu and --gpus-per-actor {gpus:g} contradict each other; leave out one")
+        fit = [node for node in nodes if node.get("CPU", 0) >= 1 and node.get("GPU", 0) >= gpus]
+        if not fit:
+            what = f"{gpus:g} GPU and a CPU" if gpus else "a CPU"
+            raise ConfigError(f"no machine of the cluster has {what} for an actor; see `ray status`")
+        if gpus:
+            cpus = max(1, min(int(node["CPU"] / (node["GPU"] / gpus)) for node in fit))
+            room = sum(int(min(node["GPU"] / gpus, node["CPU"] / cpus)) for node in fit)
+        else:
+            cpus = min(_CPUS, *(int(node["CPU"]) for node in fit))
+            if cluster.actors is not None:
+                cpus = max(1, min(cpus, int(sum(node["CPU"] for node in fit) / cluster.actors)))
+            room = sum(int(node["CPU"] / cpus) for node in fit)
+        return cls(room if cluster.actors is None else cluster.actors, room, cpus, gpus)
+
+
+class _Bell:
+    """An actor that tells the reader of a manifest that there is more of it, and counts who began with what."""
+
+    def __init__(self) -> None:
+        self._count, self._ended, self._taken, self._changed = 0, False, 0, asyncio.Condition()
+        self._begun: dict[int, int] = {}
+
+    async def ring(self, count: int, ended: bool, taken: int) -> None:
+        """There are `count` blocks, these are all if `ended`, and the rows of the first `taken` are there."""
+        async with self._changed:
+            self._count, self._ended, self._taken = count, ended, taken
+            self._changed.notify_all()
+        self._begun = {number: times for number, times in self._begun.items() if number >= taken}
+
+    async def has(self, number: int) -> bool:
+        """Wait until this block is there; False once there is nothing left to do at all."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: number < self._count or (self._ended and self._taken == self._count))
+            return number < self._count
+
+    async def begins(self, number: int) -> int:
+        """Somebody begins with this block; how often that was."""
+        self._begun[number] = self._begun.get(number, 0) + 1
+        return self._begun[number]
+
+
+class Bell:
+    """The driver's side of it. Whoever reads the manifest waits for it to the end, so that all ends without it."""
+
+    def __init__(self, place: dict[str, float]) -> None:
+        self._place, self._lock = place, threading.Lock()
+        self._count, self._ended, self.taken = 0, False, 0
+        self.actor: Any = None
+        self.renew()
+
+    def announce(self, count: int, ended: bool) -> None:
+        """There are so many blocks, and these are all if `ended`."""
+        with self._lock:
+            self._count, self._ended = count, ended
+            self._ring()
+
+    def took(self, taken: int) -> None:
+        """The rows of so many blocks are there."""
+        with self._lock:
+            self.taken = taken
+            self._ring()
+
+    def renew(self) -> None:
+        """Another one for another try."""
+        self.take_away()
+        with self._lock:
+            self.actor = imported().remote(_Bell).options(num_cpus=0, resources=self._place).remote()
+            self._ring()
+
+    def take_away(self) -> None:
+        """Have all who wait for it fail."""
+        with self._lock:
+            if self.actor is not None:
+                imported().kill(self.actor)
+
+    def _ring(self) -> None:
+        # One that is gone is missed by those who wait for it.
+        with suppress(imported().exceptions.RayActorError):
+            self.actor.ring.remote(self._count, self._ended, self.taken)
+
+
+def imported() -> Any:
+    """Ray; raises `ConfigError` where it is not installed."""
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        what = f"--engine ray needs Ray ({error}): pip install 'anomaly-vae[ray]', or use --engine local"
+        raise ConfigError(what) from None
+    return ray
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """The cluster at `address`, or one of this machine alone; what this process is connected to already is taken."""
+    ray = imported()
+    with _quiet():
+        if ray.is_initialized():
+            yield
+            return
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody outside
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # a lost machine is dealt with here
+        alone = {} if address else {"include_dashboard": False}
+        try:
+            ray.init(address or "local", log_to_driver=False, logging_level=logging.CRITICAL, **alone)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            what = f"no Ray cluster at --address {address or 'local'} ({reason})"
+            raise ClusterError(f"{what}; see `ray status`") from None
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Ray's own remarks: what matters of them is said in one line when a scan fails."""
+    loggers = [logging.getLogger(name) for name in ("ray", "ray.data")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def alive() -> dict[str, dict[str, float]]:
+    """The machines of the cluster by their names, with what each has."""
+    return {node["NodeID"]: node["Resources"] for node in imported().nodes() if node["Alive"]}
+
+
+def bound_here() -> dict[str, float]:
+    """What only this machine has, where the manifest lies."""
+    ray = imported()
+    resources = alive()[ray.get_runtime_context().get_node_id()]
+    return {next(name for name in resources if name.startswith("node:") and "__" not in name): 0.001}
