@@ -5,14 +5,13 @@ import signal
 import stat
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from anomaly_vae.cli_common import Alpha, BundleArgument, Device, engine_of
-from anomaly_vae.errors import ConfigError
+from anomaly_vae.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from anomaly_vae.delivering import Standing
@@ -29,7 +28,7 @@ def watch(
         bool, typer.Option("--move", help="Move scored files into normal/, outlier/, unreadable/.")
     ] = False,
     into: Annotated[Path | None, typer.Option(help="With --move: the folder for these; not inside FOLDER.")] = None,
-    webhook: Annotated[str | None, typer.Option(metavar="URL", help="Post verdicts there, signed; see below.")] = None,
+    webhook: Annotated[str | None, typer.Option(metavar="URL", help="Post verdicts there, signed; see above.")] = None,
     webhook_for: Annotated[Literal["outliers", "all"], typer.Option(help="Which verdicts to post.")] = "outliers",
     only_new: Annotated[
         bool, typer.Option("--only-new", help="At the very first start leave out the files that are there already.")
@@ -56,7 +55,7 @@ def watch(
 ) -> None:
     """Score every picture that comes into a folder: a line of JSON each, until Ctrl-C; killed, it goes on.
 
-    The secret that webhooks are signed with stands in the environment variable ANOMALY_VAE_WEBHOOK_SECRET.
+    A webhook is signed with the secret in the environment variable ANOMALY_VAE_WEBHOOK_SECRET.
     """
     from anomaly_vae import console
     from anomaly_vae.delivering import Standing, Told
@@ -122,11 +121,15 @@ def _say(lines: Sequence[str]) -> None:
     """Lines on standard output, and where that is a file, on disk."""
     if not lines:
         return
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
-    sys.stdout.flush()
-    with suppress(OSError, ValueError):
-        if stat.S_ISREG(os.fstat(sys.stdout.fileno()).st_mode):
-            os.fsync(sys.stdout.fileno())
+    descriptor, left = sys.stdout.fileno(), "".join(f"{line}\n" for line in lines).encode()
+    try:
+        while left:
+            left = left[os.write(descriptor, left) :]
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.fsync(descriptor)
+    except OSError as error:
+        what = f"cannot write to standard output ({error.strerror})"
+        raise DataError(f"{what}; mend that and start the watch again: no line is lost") from None
 
 
 def _last_line(standing: "Standing") -> str:

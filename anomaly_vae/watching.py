@@ -261,8 +261,8 @@ class Watch:
         self._count_webhooks()
         if self._listed and not self._caught_up and not len(self._arrivals):
             self._caught_up = True
-            count = self._state.count_files()
-            self._told.note(f"caught up; {count:,} files here are scored; waiting for more")
+            here = "" if self._into is not None else f" {self._state.count_files():,} files here are scored;"
+            self._told.note(f"caught up;{here} waiting for more")
 
     def _count_webhooks(self) -> None:
         self._standing.webhooks_waiting = self._state.count_webhooks()
