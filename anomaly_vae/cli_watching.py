@@ -69,7 +69,9 @@ def watch(
     engine = engine_of(bundle, device, alpha, batch_size, precision)
     if engine.remark:
         console.note(engine.remark)
-    wanted = Wanted(settle, patience, every, into, webhook_for, only_new, fresh, base_rate, alarms_anew)
+    wanted = Wanted(
+        settle, patience, every, into and into.expanduser(), webhook_for, only_new, fresh, base_rate, alarms_anew
+    )
     root, stop = folder.expanduser().absolute(), Stop()
     check(engine, root, wanted)
     standing = Standing.first(WatchAlarms(engine.detector, base_rate))

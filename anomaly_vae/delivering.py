@@ -66,7 +66,9 @@ class Delivery:
         """Finish what an earlier watch left."""
         left = self._state.unfinished()
         if left:
-            self._told.note(f"finishing {len(left):,} verdicts that an earlier watch was stopped in; lines may repeat")
+            self._told.note(
+                f"finishing what an earlier watch was stopped in (verdicts: {len(left):,}); lines may repeat"
+            )
             self.finish(left)
         waiting = self._state.count_webhooks()
         if waiting and self._webhook is None:

@@ -35,12 +35,15 @@ class WatchAlarms:
         if at is not None or not self.rate.raised:
             seen = slice(None if at is None else at + 1)
             self._show("rate", [p for p, outlier in zip(paths[seen], judged.outlier[seen], strict=True) if outlier])
-        raised += ["rate"] if at is not None else []
+        if at is not None:
+            raised.append("rate")
         was_raised = self.shift.raised is not None
         at = self.shift.update(self._values(judged))
         if not was_raised:
             self._show("shift", paths[: None if at is None else at + 1])
-        return [*raised, *(["shift"] if at is not None else [])]  # type: ignore[list-item]
+        if at is not None:
+            raised.append("shift")
+        return raised
 
     def _values(self, judged: Judgement) -> Mapping[str, Any]:
         values: dict[str, Any] = {SCORE: judged.score, **judged.parts}
@@ -63,7 +66,7 @@ class WatchAlarms:
         if kind == "rate":
             of = f"{self.rate.recent_outliers:,} of the last {self.rate.recent_images:,} pictures are outliers"
             what = f"ALARM (rate): {of}, about {self.tolerated.expected:.2%} were to be expected"
-            advice = "look at these for a new kind of defect"
+            advice = "look for a new kind of defect"
         else:
             shift = self.shift.raised
             assert shift is not None
@@ -71,7 +74,7 @@ class WatchAlarms:
             way = f"{where} of most of the last {shift.images} is {'higher' if shift.effect > 0 else 'lower'}"
             what = f"ALARM (shift): the pictures are no longer as in training, {way} (effect {abs(shift.effect):.2f})"
             advice = "look at camera, light, format and scale; until then verdicts do not keep their rate"
-        return f"{what}; {advice}; such as {', '.join(self._examples[kind])}"
+        return f"{what}; {advice}; examples: {', '.join(self._examples[kind])}"
 
     def packed(self) -> dict[str, Any]:
         """Its state as plain values."""

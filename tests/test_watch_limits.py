@@ -88,7 +88,7 @@ def test_with_too_many_to_post_nothing_more_is_scored_until_they_are_taken(
         inside(tiny_detector, folder, tmp_path / "state", receiver.url, posted="all") as found,
     ):
         found.wait(lambda one: any("too many verdicts wait to be posted" in note for note in one.notes))
-        assert len(found.rows) == 4
+        assert len(found.rows) in (4, 5)  # in batches of one or two
         let.set()
         found.wait(lambda one: len(one.rows) == 12)
         receiver.wait(lambda one: len(one.taken) == 12)
@@ -139,6 +139,6 @@ def test_nobody_reads_any_more_and_the_next_go_prints_what_was_not_read(tiny_bun
 
     with watching(tiny_bundle, folder) as found:
         rows = found.wait_lines(12)
-        assert "finishing 2 verdicts" in "\n".join(found.notes)
+        assert "finishing what an earlier watch was stopped in" in "\n".join(found.notes)
         assert len({row["id"] for row in rows}) == len({row["path"] for row in rows}) == 12
         assert found.stop() == 0

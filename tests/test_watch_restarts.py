@@ -89,7 +89,8 @@ def test_moves_that_cannot_be_done_now_are_done_later(tiny_bundle, folder, good,
     with watching(tiny_bundle, folder, "--move", "--into", into) as watch:
         assert [row["moved_to"] for row in watch.wait_lines(2)] == [None, None]
         watch.wait_note("it is tried again and again")
-        watch.stop(signal.SIGKILL)
+        assert watch.stop() == 0
+        assert "2 wait to be moved" in watch.notes[-1]
     with watching(tiny_bundle, folder, "--move", "--into", into) as watch:
         watch.wait_note("it is tried again and again")
         (into / "normal").unlink()

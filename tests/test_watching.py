@@ -193,7 +193,7 @@ def test_more_defects_and_another_camera_raise_alarms_that_are_told_apart(tiny_b
     fill(folder / "odd", odd[:30])
     with watching(tiny_bundle, folder, "--metrics-port", "0", "--webhook-for", "all") as watch:
         told = watch.wait_note("ALARM (rate)")
-        assert f"such as {folder}/odd/0" in told
+        assert f"examples: {folder}/odd/0" in told
         watch.wait_note("caught up; 30 files")
         figures = scraped(watch)
         assert figures['anomaly_watch_alarm_raised{kind="rate"}'] == 1
