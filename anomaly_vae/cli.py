@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anomaly_vae import __version__, cli_looking, cli_scanning
+from anomaly_vae import __version__, cli_looking, cli_scanning, cli_watching
 from anomaly_vae.cli_common import (
     Alpha,
     AsJson,
@@ -301,6 +301,7 @@ for _command in (
     evaluate,
     score,
     cli_scanning.scan,
+    cli_watching.watch,
     cli_looking.explore,
     cli_looking.classify,
     cli_looking.export,

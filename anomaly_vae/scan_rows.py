@@ -29,12 +29,13 @@ _CHUNK = 8
 
 @dataclass(frozen=True)
 class Prepared:
-    """An entry that was read: its picture, uint8 (C, H, W), or why there is none."""
+    """An entry that was read: its picture, uint8 (C, H, W), or why there is none; `code`: that of a `BadImage`."""
 
     entry: Entry
     sha256: str | None
     image: Tensor | None
     error: str | None
+    code: str | None = None
 
 
 def schema_of(parts: Sequence[str]) -> pa.Schema:
@@ -88,7 +89,7 @@ def prepared(engine: Engine, entry: Entry) -> Prepared:
     try:
         return Prepared(entry, digest, engine.prepare(data), None)
     except BadImage as error:
-        return Prepared(entry, digest, None, str(error))
+        return Prepared(entry, digest, None, str(error), error.code)
 
 
 def _prepared(engine: Engine, entries: Iterable[Entry]) -> list[Prepared]:

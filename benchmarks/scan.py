@@ -196,6 +196,7 @@ def kills(options: argparse.Namespace) -> Iterator[str]:
                 process.wait()
                 done += 1
             else:
+                assert process.returncode == 0, "a scan failed"
                 finished += 1
                 check(expected, out, len(paths))
                 if dice.random() < 0.5:
