@@ -193,4 +193,6 @@ def bound_here() -> dict[str, float]:
     """What only this machine has, where the manifest lies."""
     ray = imported()
     resources = alive()[ray.get_runtime_context().get_node_id()]
-    return {next(name for name in resources if name.startswith("node:") and "__" not in name): 0.001}
+    names = [name for name in resources if name.startswith("node:")]
+    # The head's own name is no other's even where machines share an address.
+    return {max(names, key=lambda name: "__internal_head__" in name): 0.001}
