@@ -6,13 +6,14 @@ PORT ?= 8765
 DATA ?= ../shared/data
 FACES ?= $(DATA)/faces_london
 
-.PHONY: help install demo faces latents test seeds quality lint types wheel-check image-check dashboards clean
+.PHONY: help install demo faces latents test test-cluster seeds quality lint types wheel-check image-check dashboards clean
 
 help:
 	@echo "make demo         train, calibrate, serve and score once, on handwritten digits (CHECK=1: stop, fail if short)"
 	@echo "make faces        the lecture's exercise, about 20 minutes; FACES=DIR holds neutral/ and smiling/ (QUICK=1: a minute)"
 	@echo "make latents      faces that smile by arithmetic, digits in 2 and 28 latents; about 10 minutes (DATA as for seeds)"
-	@echo "make test         lint, types and the whole test suite"
+	@echo "make test         lint, types and the test suite"
+	@echo "make test-cluster what wants a machine to itself: a Ray cluster whose workers and machines are killed"
 	@echo "make wheel-check  install the built wheel into an empty environment and run the demo's check there"
 	@echo "make image-check  carry out the Dockerfile's steps in an empty environment, and serve by its entry point"
 	@echo "make dashboards   write deploy/grafana/dashboards/*.json from their code"
@@ -49,6 +50,10 @@ types: .venv/.installed-dev
 
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+# A real Ray cluster of three machines, whose processes want both cores to themselves.
+test-cluster: .venv/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m cluster
 
 # Outside the clone: what the wheel lacks is then missed.
 wheel-check: .venv/.installed-dev

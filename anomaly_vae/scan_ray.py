@@ -99,7 +99,7 @@ class RayScored:
                         bell.took(done)
                         yield table
                 return
-            except ray.exceptions.RayError as error:
+            except (ray.exceptions.RayError, MachineLost) as error:
                 failures += 1
                 if failures == _TRIES:
                     reason = " ".join(str(error).split())[-200:]
@@ -116,6 +116,8 @@ class RayScored:
         begin = ray.data.from_items([{"first": first}], override_num_blocks=1)
         begin.context.enable_progress_bars = False
         begin.context.execution_options.preserve_order = True
+        giving: Any = Giving
+        begin.context.custom_execution_callback_classes.append(giving)
         # A block of paths is one row, and shall be on its way as soon as it is there.
         begin.context.target_max_block_size = 1
         listing: Any = _blocks
@@ -149,9 +151,10 @@ class RayScored:
             while not ended.wait(_PATIENCE):
                 taken, seen = seen, bell.taken
                 if seen == taken and before - set(alive()) and self._share().room < room:
-                    bell.take_away()
+                    _GIVE_UP.set()
                     return
 
+        _GIVE_UP.clear()
         thread = threading.Thread(target=watch, name="watch", daemon=True)
         thread.start()
         try:
@@ -159,6 +162,31 @@ class RayScored:
         finally:
             ended.set()
             thread.join()
+
+
+_GIVE_UP = threading.Event()
+"""Set when the pipeline of this process waits in vain."""
+
+
+class MachineLost(Exception):
+    """A machine is gone, and a pipeline waits for it."""
+
+
+class Giving:
+    """What Ray Data calls at every step of a pipeline, and that ends it by raising: `ExecutionCallback` by its methods.
+
+    Ray makes it anew for each, and sends its class about, so that it can hold nothing itself.
+    """
+
+    def before_execution_starts(self, executor: Any) -> None: ...
+
+    def on_execution_step(self, _: Any) -> None:
+        if _GIVE_UP.is_set():
+            raise MachineLost("a machine was lost")
+
+    def after_execution_succeeds(self, executor: Any) -> None: ...
+
+    def after_execution_fails(self, executor: Any, error: Exception) -> None: ...
 
 
 def _blocks(begin: pa.Table, folder: Path, bell: Any) -> Iterator[pa.Table]:

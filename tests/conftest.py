@@ -22,17 +22,7 @@ torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent
 
-LONGEST = (
-    "presets",
-    "scan_ray",
-    "openapi",
-    "quality",
-    "service_models",
-    "latents_shown",
-    "estimator",
-    "objectives",
-    "experts",
-)
+LONGEST = ("presets", "openapi", "quality", "service_models", "latents_shown", "estimator", "objectives", "experts")
 """Files of many seconds. Each worker takes a file at a time, and must not be left with one of these at the end."""
 
 TINY = DetectorSpec.parse(

@@ -146,6 +146,7 @@ def deadly(pictures, folder, times):
     return source
 
 
+@pytest.mark.cluster
 def test_rows_are_those_of_one_machine_though_a_worker_is_killed(cluster, tiny_bundle, pictures, local, tmp_path):
     source = deadly(pictures, tmp_path / "deaths", 1)
     rows = scan(tiny_bundle, source, tmp_path / "out.parquet", on_ray(tiny_bundle))
@@ -154,6 +155,7 @@ def test_rows_are_those_of_one_machine_though_a_worker_is_killed(cluster, tiny_b
     assert sorted(one.name for one in tmp_path.iterdir()) == ["deaths", "out.parquet"]
 
 
+@pytest.mark.cluster
 def test_a_file_that_kills_every_worker_is_named_and_what_was_done_is_kept(
     cluster, tiny_bundle, pictures, local, tmp_path, monkeypatch
 ):
@@ -165,6 +167,7 @@ def test_a_file_that_kills_every_worker_is_named_and_what_was_done_is_kept(
     check_same(scan(tiny_bundle, Folder(pictures), out, lambda source, folder: scored), local, tiny_bundle)
 
 
+@pytest.mark.cluster
 def test_a_machine_that_is_lost_costs_only_its_blocks(cluster, tiny_bundle, pictures, local, tmp_path, monkeypatch):
     monkeypatch.setattr(scan_ray, "_PATIENCE", 1.0)
     lost = []
@@ -183,6 +186,7 @@ def test_a_machine_that_is_lost_costs_only_its_blocks(cluster, tiny_bundle, pict
     check_same(rows, local, tiny_bundle)
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_scan_whose_driver_is_ended_goes_on_there_and_here(cluster, tiny_bundle, pictures, local, tmp_path, number):
     out = tmp_path / "out.parquet"
