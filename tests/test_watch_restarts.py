@@ -12,7 +12,7 @@ from email.utils import formatdate
 from pathlib import Path
 
 import pytest
-from watches import receiving, watching
+from watches import fill, receiving, watching
 
 from anomaly_vae.moving import Clash, free_place, moved
 
@@ -39,12 +39,6 @@ def good(digits_folder):
 @pytest.fixture
 def odd(digits_folder):
     return sorted((digits_folder / "7").iterdir())
-
-
-def fill(folder, files, start=0):
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, path in enumerate(files, start):
-        shutil.copyfile(path, folder / f"{i:03}.png")
 
 
 def digests(folder):

@@ -10,7 +10,7 @@ import pytest
 from bad_bytes import bad_bytes
 from forked import command
 from PIL import Image
-from watches import SECONDS, watching
+from watches import SECONDS, fill, watching
 
 from anomaly_vae import Engine
 from anomaly_vae.scanning import Scan
@@ -33,12 +33,6 @@ def good(digits_folder):
 @pytest.fixture
 def odd(digits_folder):
     return sorted((digits_folder / "7").iterdir())
-
-
-def fill(folder, files, start=0):
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, path in enumerate(files, start):
-        shutil.copyfile(path, folder / f"{i:03}.png")
 
 
 def names(rows):

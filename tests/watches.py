@@ -2,9 +2,10 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +16,13 @@ from forked import Process, begun
 
 SECONDS = 90
 QUICK = ("--device", "cpu", "--settle", "0.1", "--patience", "0.3", "--every", "0.5")
+
+
+def fill(folder: Path, files: Iterable[Path], start: int = 0) -> None:
+    """Files as a camera would number them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, path in enumerate(files, start):
+        shutil.copyfile(path, folder / f"{i:03}.png")
 
 
 @dataclass
