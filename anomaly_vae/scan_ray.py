@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, Queue
 from typing import Any
 
 import pyarrow as pa
@@ -31,6 +32,8 @@ _TRIES = 3
 """A cluster that fails so often, with nothing done between, is given up."""
 _DEATHS = 5
 """A block over which so many workers died is the fault of what is in it."""
+_SILENCE = 30.0
+"""Seconds that a pipeline may take to end once it is given up."""
 _PATIENCE = 5.0
 """Seconds without a block after which a pipeline that lost a machine may be waiting in vain."""
 
@@ -91,7 +94,7 @@ class RayScored:
         while True:
             try:
                 with self._watched(bell):
-                    for number, table in self._from(manifest.folder, done, bell):
+                    for number, table in _answered(self._from(manifest.folder, done, bell)):
                         if number != done:
                             raise ClusterError(f"the cluster lost block {done} of the scan; the same command goes on")
                         done, failures = done + 1, 0
@@ -162,6 +165,36 @@ class RayScored:
         finally:
             ended.set()
             thread.join()
+
+
+def _answered(blocks: Iterator[tuple[int, pa.Table]]) -> Iterator[tuple[int, pa.Table]]:
+    """Blocks, taken in a thread of its own: a pipeline that neither goes on nor gives up is left behind."""
+    found: Queue[tuple[int, pa.Table] | BaseException | None] = Queue(1)
+
+    def take() -> None:
+        try:
+            for one in blocks:
+                found.put(one)
+            found.put(None)
+        except BaseException as error:
+            found.put(error)
+
+    threading.Thread(target=take, name="blocks", daemon=True).start()
+    in_vain = 0.0
+    while True:
+        try:
+            one = found.get(timeout=1.0)
+        except Empty:
+            in_vain = in_vain + 1.0 if _GIVE_UP.is_set() else 0.0
+            if in_vain > _SILENCE:
+                what = "a machine was lost, and Ray neither goes on nor gives up"
+                raise ClusterError(f"{what}; see `ray status`, the same command goes on from here") from None
+            continue
+        if one is None:
+            return
+        if isinstance(one, BaseException):
+            raise one
+        yield one
 
 
 _GIVE_UP = threading.Event()
