@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special, stats
+from scipy import special
 
 from anomaly_vae.calibration import Calibration, tie_of
 
@@ -67,11 +67,11 @@ def tolerated_rate(calibration: Calibration, rank: int, base_rate: float = 0.0) 
     if rank > n:
         return Tolerated(1.0, 1.0, False)
     if calibration.groups is None:
-        bound = float(stats.beta.ppf(1 - UNLUCKY, rank, n + 1 - rank))
+        bound = float(special.betaincinv(rank, n + 1 - rank, 1 - UNLUCKY))
     else:
         independent = min(calibration.groups, n)
         counted = max(1.0, rank * independent / n)
-        bound = float(stats.beta.ppf(1 - UNLUCKY, counted, max(independent + 1 - counted, 1e-3)))
+        bound = float(special.betaincinv(counted, max(independent + 1 - counted, 1e-3), 1 - UNLUCKY))
     if calibration.crossed:
         members = len(calibration.scores)
         bound = max(bound, min(1.0, 2 * (rank + members - 1) / (n + members)))
