@@ -1,7 +1,7 @@
 # Everything a newcomer or a CI machine runs. Needs Python >= 3.11, make and git; installs the rest into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-JOBS ?= 2
+JOBS ?= 3
 PORT ?= 8765
 DATA ?= ../shared/data
 FACES ?= $(DATA)/faces_london
