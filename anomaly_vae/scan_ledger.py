@@ -85,24 +85,20 @@ class Ledger:
         """Whether an earlier go left something."""
         return self._go > 0
 
-    def add(self, table: pa.Table, lane: int = 0) -> bool:
-        """Take rows; True when all so far are on disk. Those of a `lane`, of which there are two, are in order."""
-        return self._lanes[lane].add(table) and self.flush()
+    def add(self, table: pa.Table, lane: int = 0) -> None:
+        """Take rows, and have them on disk soon. Those of a `lane`, of which there are two, are in order."""
+        if self._lanes[lane].add(table):
+            self.flush()
 
-    def flush(self) -> bool:
+    def flush(self) -> None:
         """Put on disk what was taken."""
         for i, lane in enumerate(self._lanes):
             if lane.tables:
-                table = pa.concat_tables(lane.tables)
-                self.write_segment(table, self.folder / f"{self._go + i:04d}-{lane.written:06d}.parquet")
-                self._lanes[i].tables, self._lanes[i].written = [], lane.written + 1
-        return True
-
-    def write_segment(self, table: pa.Table, place: Path) -> None:
-        """A segment, whole or not there."""
-        buffer = pa.BufferOutputStream()
-        pq.write_table(table, buffer)
-        write_durably(place, buffer.getvalue().to_pybytes())
+                segment = pa.BufferOutputStream()
+                pq.write_table(pa.concat_tables(lane.tables), segment)
+                place = self.folder / f"{self._go + i:04d}-{lane.written:06d}.parquet"
+                write_durably(place, segment.getvalue().to_pybytes())
+                lane.tables, lane.written = [], lane.written + 1
 
     def done(self, columns: tuple[str, ...] = ("path", "size", "mtime", "error")) -> Iterator[Row]:
         """Of rows that earlier goes left, these columns, in order."""

@@ -70,6 +70,18 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, digits_folder: Path) -
 
 
 @pytest.fixture
+def good(digits_folder: Path) -> list[Path]:
+    """Pictures like those that the tiny bundle was trained on."""
+    return sorted((digits_folder / "good").iterdir())
+
+
+@pytest.fixture
+def odd(digits_folder: Path) -> list[Path]:
+    """Pictures of another kind."""
+    return sorted((digits_folder / "7").iterdir())
+
+
+@pytest.fixture
 def tiny_detector(tiny_bundle: Path) -> Detector:
     return Detector.load(tiny_bundle)
 

@@ -31,16 +31,6 @@ def folder(tmp_path):
     return place
 
 
-@pytest.fixture
-def good(digits_folder):
-    return sorted((digits_folder / "good").iterdir())
-
-
-@pytest.fixture
-def odd(digits_folder):
-    return sorted((digits_folder / "7").iterdir())
-
-
 def digests(folder):
     return sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*.png"))
 

@@ -25,16 +25,6 @@ def folder(tmp_path):
     return place
 
 
-@pytest.fixture
-def good(digits_folder):
-    return sorted((digits_folder / "good").iterdir())
-
-
-@pytest.fixture
-def odd(digits_folder):
-    return sorted((digits_folder / "7").iterdir())
-
-
 def names(rows):
     return sorted(row["path"].rsplit("/", 1)[1] for row in rows)
 
