@@ -109,7 +109,8 @@ def scan(
         from anomaly_vae.scan_ray import Opening, RayScored
 
         opening = Opening.of(bundle, device, alpha, batch_size, precision)
-        score = RayScored(Cluster(address, actors, gpus_per_actor), pictures, opening, running.ledger.folder)
+        where_to = Cluster(address, actors, gpus_per_actor)
+        score = RayScored(where_to, pictures, opening, running.ledger.folder, console.note)
     elif (address, actors, gpus_per_actor) != (None, None, None):
         raise ConfigError("--address, --actors and --gpus-per-actor are for --engine ray; add it")
     with running:

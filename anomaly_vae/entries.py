@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from anomaly_vae.images import IMAGE_SUFFIXES
+from anomaly_vae.image_sniffing import IMAGE_SUFFIXES
 from anomaly_vae.paths import on_disk, printable, read_file
 
 Read = Callable[[int], bytes]

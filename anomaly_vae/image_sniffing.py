@@ -1,6 +1,8 @@
-"""What bytes look like, and every refusal of a picture: one code, one line with cause and remedy."""
+"""What names and bytes of pictures look like, and every refusal of one: one code, one line with cause and remedy."""
 
 from anomaly_vae.errors import BadImage
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 
 BAD_IMAGE_CODES: tuple[str, ...] = (
     "empty",

@@ -26,8 +26,6 @@ from anomaly_vae.image_sniffing import BAD_IMAGE_CODES as BAD_IMAGE_CODES
 from anomaly_vae.image_sniffing import corrupt, truncated
 from anomaly_vae.spec import Spec
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
-
 # Importing a plugin registers it; without this Pillow would import all of its forty at the first WebP or TIFF.
 _PLUGINS = (BmpImagePlugin, GifImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin)
 _Byte = Annotated[int, Field(ge=0, le=255)]

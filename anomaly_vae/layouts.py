@@ -14,7 +14,7 @@ import numpy.typing as npt
 from pydantic import Field, field_validator
 
 from anomaly_vae.errors import DataError
-from anomaly_vae.images import IMAGE_SUFFIXES
+from anomaly_vae.image_sniffing import IMAGE_SUFFIXES
 from anomaly_vae.spec import Spec
 
 Layout: TypeAlias = Literal["auto", "folder", "mvtec", "flat", "manifest", "named"]

@@ -1,11 +1,9 @@
-"""Ray as far as a scan needs it: connecting quietly, what there is room for, and who rings when there is work."""
+"""Ray as far as a scan needs it: connecting quietly, and what there is room for."""
 
-import asyncio
 import logging
 import os
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,12 +36,14 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Share:
-    """What each of `actors` actors has to itself; there is `room` for so many at present."""
+    """What each of `actors` actors has to itself."""
 
     actors: int
-    room: int
     cpus: int
     gpus: float
+
+    def __str__(self) -> str:
+        return ("1 CPU" if self.cpus == 1 else f"{self.cpus} CPUs") + (f" and {self.gpus:g} GPU" if self.gpus else "")
 
     @classmethod
     def of(cls, cluster: Cluster, device: str, nodes: list[dict[str, float]]) -> "Share":
@@ -67,80 +67,14 @@ class Share:
             if cluster.actors is not None:
                 cpus = max(1, min(cpus, int(sum(node["CPU"] for node in fit) / cluster.actors)))
             room = sum(int(node["CPU"] / cpus) for node in fit)
-        return cls(room if cluster.actors is None else cluster.actors, room, cpus, gpus)
-
-
-class _Bell:
-    """An actor that tells the reader of a manifest that there is more of it, and counts who began with what."""
-
-    def __init__(self) -> None:
-        self._count, self._ended, self._taken, self._changed = 0, False, 0, asyncio.Condition()
-        self._begun: dict[int, int] = {}
-
-    async def ring(self, count: int, ended: bool, taken: int) -> None:
-        """There are `count` blocks, these are all if `ended`, and the rows of the first `taken` are there."""
-        async with self._changed:
-            self._count, self._ended, self._taken = count, ended, taken
-            self._changed.notify_all()
-        self._begun = {number: times for number, times in self._begun.items() if number >= taken}
-
-    async def has(self, number: int) -> bool:
-        """Wait until this block is there; False once there is nothing left to do at all."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: number < self._count or (self._ended and self._taken == self._count))
-            return number < self._count
-
-    async def begins(self, number: int) -> int:
-        """Somebody begins with this block; how often that was."""
-        self._begun[number] = self._begun.get(number, 0) + 1
-        return self._begun[number]
-
-
-class Bell:
-    """The driver's side of it. Whoever reads the manifest waits for it to the end, so that all ends without it."""
-
-    def __init__(self, place: dict[str, float]) -> None:
-        self._place, self._lock = place, threading.Lock()
-        self._count, self._ended, self.taken = 0, False, 0
-        self.actor: Any = None
-        self.renew()
-
-    def announce(self, count: int, ended: bool) -> None:
-        """There are so many blocks, and these are all if `ended`."""
-        with self._lock:
-            self._count, self._ended = count, ended
-            self._ring()
-
-    def took(self, taken: int) -> None:
-        """The rows of so many blocks are there."""
-        with self._lock:
-            self.taken = taken
-            self._ring()
-
-    def renew(self) -> None:
-        """Another one for another try."""
-        self.take_away()
-        with self._lock:
-            self.actor = imported().remote(_Bell).options(num_cpus=0, resources=self._place).remote()
-            self._ring()
-
-    def take_away(self) -> None:
-        """Have all who wait for it fail."""
-        with self._lock:
-            if self.actor is not None:
-                imported().kill(self.actor)
-
-    def _ring(self) -> None:
-        # One that is gone is missed by those who wait for it.
-        with suppress(imported().exceptions.RayActorError):
-            self.actor.ring.remote(self._count, self._ended, self.taken)
+        return cls(room if cluster.actors is None else cluster.actors, cpus, gpus)
 
 
 def imported() -> Any:
     """Ray; raises `ConfigError` where it is not installed."""
     try:
+        import pandas as pd  # noqa: F401 - what ray[data] brings, without the second that importing ray.data takes
         import ray
-        import ray.data
     except ImportError as error:
         what = f"--engine ray needs Ray ({error}): pip install 'anomaly-vae[ray]', or use --engine local"
         raise ConfigError(what) from None
@@ -157,6 +91,7 @@ def connected(address: str | None) -> Iterator[None]:
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody outside
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # a lost machine is dealt with here
+        os.environ.setdefault("RAY_worker_niceness", "0")  # on a busy machine the actors would hardly ever begin
         alone = {} if address else {"include_dashboard": False}
         try:
             ray.init(address or "local", log_to_driver=False, logging_level=logging.CRITICAL, **alone)

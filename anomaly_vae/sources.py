@@ -28,7 +28,7 @@ from anomaly_vae.entries import (
 )
 from anomaly_vae.errors import DataError
 from anomaly_vae.external_sort import in_order
-from anomaly_vae.images import IMAGE_SUFFIXES
+from anomaly_vae.image_sniffing import IMAGE_SUFFIXES
 from anomaly_vae.object_store import ObjectStore
 from anomaly_vae.paths import printable
 from anomaly_vae.source_archives import Tar, Zip

@@ -19,7 +19,7 @@ from PIL import Image
 from anomaly_vae import ConfigError, DataError
 from anomaly_vae.data import list_pictures, open_pictures, split, suggest_image_spec, survey
 from anomaly_vae.datasets import split_name
-from anomaly_vae.images import IMAGE_SUFFIXES
+from anomaly_vae.image_sniffing import IMAGE_SUFFIXES
 from anomaly_vae.layouts import DataSpec
 
 T = TypeVar("T")

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from bad_bytes import bad_bytes
 
-from anomaly_vae import ConfigError, DataError, scan_ray
+from anomaly_vae import ConfigError, DataError, ray_pipeline, scan_ray
 from anomaly_vae.entries import Read, Reader
 from anomaly_vae.errors import ClusterError
 from anomaly_vae.ray_cluster import Cluster, Share
@@ -36,7 +36,7 @@ def cluster():
     """Machines that are processes of this one: one to drive, without a CPU for actors, and two with one each."""
     from ray.cluster_utils import Cluster as Machines
 
-    os.environ |= {"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ |= {"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     machines = Machines(
         initialize_head=True,
         head_node_args={"num_cpus": 0, "object_store_memory": MEGABYTES_100, "include_dashboard": False},
@@ -86,8 +86,10 @@ def scan(bundle, source, out, score_of, report=lambda counts: None):
     return [row for table in reading(out, running.schema) for row in table.to_pylist()]
 
 
-def on_ray(bundle, where=Cluster()):  # noqa: B008
-    return lambda source, folder: RayScored(where, source, Opening.of(bundle, "cpu", None, 32, "float32"), folder)
+def on_ray(bundle, tell=lambda line: None):
+    return lambda source, folder: RayScored(
+        Cluster(), source, Opening.of(bundle, "cpu", None, 32, "float32"), folder, tell
+    )
 
 
 def check_same(rows, local, bundle):
@@ -169,26 +171,49 @@ def test_a_file_that_kills_every_worker_is_named_and_what_was_done_is_kept(
 
 @pytest.mark.cluster
 def test_a_machine_that_is_lost_costs_only_its_blocks(cluster, tiny_bundle, pictures, local, tmp_path, monkeypatch):
-    monkeypatch.setattr(scan_ray, "_PATIENCE", 1.0)
-    lost = []
+    monkeypatch.setattr(ray_pipeline, "_PATIENCE", 1.0)
+    monkeypatch.setattr(ray_pipeline, "_IN_VAIN", 99)
+    lost, told = [], []
 
     def lose(counts):
         if counts.images >= 500 and not lost:
             lost.append(next(iter(cluster.worker_nodes)))
             cluster.remove_node(lost[0], allow_graceful=False)
 
-    monkeypatch.setattr(scan_ray, "_SILENCE", 10.0)
     try:
-        rows = scan(tiny_bundle, Folder(pictures), tmp_path / "out.parquet", on_ray(tiny_bundle), lose)
-    except ClusterError as error:
-        # Now and then Ray itself waits for ever; then the command says so, and goes on when it is repeated.
-        assert "the same command goes on from here" in str(error)  # noqa: PT017
-        rows = scan(tiny_bundle, Folder(pictures), tmp_path / "out.parquet", on_ray(tiny_bundle))
+        rows = scan(tiny_bundle, Folder(pictures), tmp_path / "out.parquet", on_ray(tiny_bundle, told.append), lose)
     finally:
         if lost:
             cluster.add_node(num_cpus=1, object_store_memory=MEGABYTES_100)
+            cluster.wait_for_nodes()  # until the lost one is known to be lost as well
     assert lost
+    assert set(told) <= {"the cluster lost a machine or worker; what it held is done again"}
     check_same(rows, local, tiny_bundle)
+
+
+@pytest.mark.cluster
+def test_who_waits_for_room_on_a_cluster_is_told_so(cluster, tiny_bundle, digits_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_pipeline, "_PATIENCE", 1.0)
+    others = [ray.remote(num_cpus=1)(Other).remote() for _ in range(2)]
+    ray.get([one.is_there.remote() for one in others])
+    told = []
+
+    def make_room(line):
+        told.append(line)
+        for one in others:
+            ray.kill(one)
+
+    source = Folder(digits_folder)
+    rows = scan(tiny_bundle, source, tmp_path / "out.parquet", on_ray(tiny_bundle, make_room))
+    assert told == ["no actor has begun yet; has the cluster room for one, 1 CPU? See `ray status`"]
+    assert len(rows) == len(list(source))
+
+
+class Other:
+    """Somebody else's work."""
+
+    def is_there(self) -> bool:
+        return True
 
 
 @pytest.mark.cluster
