@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,11 +18,12 @@ if TYPE_CHECKING:
     from anomaly_vae.detector import Detector
     from anomaly_vae.engine import Engine
     from anomaly_vae.scan_summary import Summary
-    from anomaly_vae.scanning import Scan
+    from anomaly_vae.scanning import Scan, Score
     from anomaly_vae.sources import Source
 
 Which = Literal["none", "outliers", "all"]
 How = Literal["link", "move"]
+Decoder = Literal["cpu", "gpu"]
 KEY = "ANOMALY_VAE_KEY"
 
 
@@ -74,6 +76,9 @@ def scan(
     precision: Annotated[
         str, typer.Option(help="float32, bfloat16 (quicker where the device has it), auto.")
     ] = "float32",
+    decode: Annotated[
+        Decoder, typer.Option(help="Who decodes JPEGs; gpu: nvJPEG by torchvision, where it judges them alike.")
+    ] = "cpu",
     where: Annotated[
         Where, typer.Option("--engine", help="local: this process; ray: one machine or many by Ray, see docs/scale.md.")
     ] = Where.local,
@@ -103,12 +108,12 @@ def scan(
     if engine.remark:
         console.note(engine.remark)
     running = Scan(engine, pictures, out, Wanted(fdr, fresh, update))
-    score: Score = scored
+    score: Score = scored if decode == "cpu" or on_ray else _with_gpu(engine)
     if on_ray:
         from anomaly_vae.ray_cluster import Cluster
         from anomaly_vae.scan_ray import Opening, RayScored
 
-        opening = Opening.of(bundle, device, alpha, batch_size, precision)
+        opening = Opening.of(bundle, device, alpha, batch_size, precision, decode == "gpu")
         where_to = Cluster(address, actors, gpus_per_actor)
         score = RayScored(where_to, pictures, opening, running.ledger.folder, console.note)
     elif (address, actors, gpus_per_actor) != (None, None, None):
@@ -133,6 +138,14 @@ def scan(
     if send_to is not None:
         console.note(made.send(send_to, bundle, page))
     raise typer.Exit(_code(summary, fail_above, strict))
+
+
+def _with_gpu(engine: "Engine") -> "Score":
+    from anomaly_vae import console
+    from anomaly_vae.gpu_decoding import GpuDecoding
+    from anomaly_vae.scan_rows import scored
+
+    return partial(scored, decoding=GpuDecoding(engine, tell=console.note))
 
 
 @dataclass(frozen=True)

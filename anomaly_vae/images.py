@@ -10,7 +10,7 @@ import io
 from base64 import b64decode
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
 import numpy as np
 import simplejpeg
@@ -64,6 +64,25 @@ def decode(data: bytes, spec: ImageSpec) -> torch.Tensor:
     Raises only `BadImage`. Thread-safe; the same bytes give the same pixels. A JPEG is decoded at a reduced scale
     where that leaves at least twice the target; other formats are averaged down by the same factor.
     """
+    plan = planned(data, spec)
+    header = plan.header
+    picture = _guarded(header, lambda: _reduced_pixels(data, header, spec, plan.factor))
+    fitted = _upright(picture.resize(plan.size, Image.Resampling.BILINEAR, plan.region), header.orientation)
+    return masked(_to_tensor(_on_background(fitted, spec)), spec)
+
+
+class Plan(NamedTuple):
+    """How a file becomes a picture: averaged down by `factor`; `region` of that (left, top, right, bottom) resampled to
+    `size` (width, height); turned upright as `header` says; centred on the background."""
+
+    header: Header
+    factor: int
+    region: tuple[float, float, float, float]
+    size: tuple[int, int]
+
+
+def planned(data: bytes, spec: ImageSpec) -> Plan:
+    """What `decode` will do with a file, from its header alone; raises `BadImage`."""
     header = checked_header(data, spec.max_bytes)
     pixels = header.width * header.height
     if pixels > spec.max_pixels:
@@ -76,11 +95,9 @@ def decode(data: bytes, spec: ImageSpec) -> torch.Tensor:
     factor = next(
         f for f in (8, 4, 2, 1) if f == 1 or all(side >= 2 * f * to for side, to in zip(box, size, strict=True))
     )
-    picture = _guarded(header, lambda: _reduced_pixels(data, header, spec, factor))
     left, top = (header.width - box[0]) / 2, (header.height - box[1]) / 2
     region = (left / factor, top / factor, (left + box[0]) / factor, (top + box[1]) / factor)
-    fitted = _upright(picture.resize(size, Image.Resampling.BILINEAR, region), header.orientation)
-    return masked(_to_tensor(_on_background(fitted, spec)), spec)
+    return Plan(header, factor, region, size)
 
 
 def inside(spec: ImageSpec) -> torch.Tensor | None:

@@ -17,6 +17,7 @@ from anomaly_vae.detector import Detector
 from anomaly_vae.engine import Engine
 from anomaly_vae.entries import Entry, Reader
 from anomaly_vae.errors import AnomalyVaeError, ClusterError, DataError
+from anomaly_vae.gpu_decoding import GpuDecoding
 from anomaly_vae.ray_cluster import Cluster, Share, alive, connected, imported
 from anomaly_vae.ray_pipeline import Judge, MachineLost, Pipeline
 from anomaly_vae.scan_manifest import Manifest, entries_of
@@ -40,12 +41,15 @@ class Opening:
     alpha: float | None
     max_batch: int
     precision: str
+    decode_on_gpu: bool = False
 
     @classmethod
-    def of(cls, bundle: Path, device: str, alpha: float | None, max_batch: int, precision: str) -> "Opening":
+    def of(
+        cls, bundle: Path, device: str, alpha: float | None, max_batch: int, precision: str, decode_on_gpu: bool = False
+    ) -> "Opening":
         """Read the bundle's own files; a report is none of what is needed."""
         files = {one.name: one.read_bytes() for one in bundle.iterdir() if one.is_file() and one.suffix != ".html"}
-        return cls(files, device, alpha, max_batch, precision)
+        return cls(files, device, alpha, max_batch, precision, decode_on_gpu)
 
     def engine(self, device: str) -> Engine:
         """Open it here."""
@@ -124,8 +128,13 @@ class _Opens:
         try:
             engine = self.opening.engine("cuda" if gpu else "cpu")
             engine.warm()
+            decoding = GpuDecoding(engine) if self.opening.decode_on_gpu else None
         except AnomalyVaeError as error:
             refusal = str(error)
             return lambda block: refusal
         empty = schema_of(engine.detector.spec.parts).empty_table()
-        return lambda block: pa.concat_tables([empty, *scored(engine, entries_of(block, self.reader), threads)])
+
+        def judge(block: pa.Table) -> pa.Table:
+            return pa.concat_tables([empty, *scored(engine, entries_of(block, self.reader), threads, decoding)])
+
+        return judge

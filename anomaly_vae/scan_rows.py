@@ -5,7 +5,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from anomaly_vae.engine import Engine
 from anomaly_vae.entries import Entry
 from anomaly_vae.errors import BadImage
+from anomaly_vae.gpu_decoding import GpuDecoding, Jpeg
 from anomaly_vae.judgement import Judgement
 
 _AHEAD = 4
@@ -29,13 +30,15 @@ _CHUNK = 8
 
 @dataclass(frozen=True)
 class Prepared:
-    """An entry that was read: its picture, uint8 (C, H, W), or why there is none; `code`: that of a `BadImage`."""
+    """An entry that was read: its picture, uint8 (C, H, W), or why there is none; `code`: that of a `BadImage`. `jpeg`:
+    what a GPU shall make the picture of."""
 
     entry: Entry
     sha256: str | None
     image: Tensor | None
     error: str | None
     code: str | None = None
+    jpeg: Jpeg | None = None
 
 
 def schema_of(parts: Sequence[str]) -> pa.Schema:
@@ -51,8 +54,13 @@ def part_name(part: str) -> str:
     return f"part_{part}"
 
 
-def scored(engine: Engine, entries: Iterator[Entry], workers: int | None = None) -> Iterator[pa.Table]:
-    """A table for each batch of entries, in their order; a bad file is a row with its error."""
+def scored(
+    engine: Engine, entries: Iterator[Entry], workers: int | None = None, decoding: GpuDecoding | None = None
+) -> Iterator[pa.Table]:
+    """A table for each batch of entries, in their order; a bad file is a row with its error.
+
+    `decoding`: the engine's GPU decodes what it can.
+    """
     image = engine.detector.image
     of_batch = engine.max_batch * image.channels * image.height * image.width
     ahead = max(1, min(_AHEAD, _AHEAD_BYTES // of_batch))
@@ -63,12 +71,14 @@ def scored(engine: Engine, entries: Iterator[Entry], workers: int | None = None)
         def listed() -> list[Future[list[Prepared]]]:
             batch = list(islice(entries, engine.max_batch))
             chunks = [batch[i : i + _CHUNK] for i in range(0, len(batch), _CHUNK)]
-            return [pool.submit(_prepared, engine, chunk) for chunk in chunks]
+            return [pool.submit(_prepared, engine, chunk, decoding) for chunk in chunks]
 
         waiting = deque(lister.submit(listed) for _ in range(ahead + 1))
         while chunks := waiting.popleft().result():
             batch = [one for chunk in chunks for one in chunk.result()]
             waiting.append(lister.submit(listed))
+            if decoding is not None:
+                batch = _finished(engine, decoding, batch)
             seen += len(batch)
             if seen > _WARM_AFTER and not engine.warmed:
                 engine.warm()
@@ -78,8 +88,8 @@ def scored(engine: Engine, entries: Iterator[Entry], workers: int | None = None)
             one.shutdown(cancel_futures=True)
 
 
-def prepared(engine: Engine, entry: Entry) -> Prepared:
-    """Read and decode one entry."""
+def prepared(engine: Engine, entry: Entry, decoding: GpuDecoding | None = None) -> Prepared:
+    """Read one entry, and decode it unless a GPU shall."""
     most = engine.detector.image.max_bytes
     try:
         data = entry.read(most + 1)
@@ -87,13 +97,27 @@ def prepared(engine: Engine, entry: Entry) -> Prepared:
         return Prepared(entry, None, None, f"cannot be read: {error.strerror}")
     digest = hashlib.sha256(data).hexdigest() if len(data) <= most else None
     try:
-        return Prepared(entry, digest, engine.prepare(data), None)
+        jpeg = decoding.begin(data) if decoding is not None else None
+        return Prepared(entry, digest, engine.prepare(data) if jpeg is None else None, None, jpeg=jpeg)
     except BadImage as error:
         return Prepared(entry, digest, None, str(error), error.code)
 
 
-def _prepared(engine: Engine, entries: Iterable[Entry]) -> list[Prepared]:
-    return [prepared(engine, entry) for entry in entries]
+def _prepared(engine: Engine, entries: Iterable[Entry], decoding: GpuDecoding | None) -> list[Prepared]:
+    return [prepared(engine, entry, decoding) for entry in entries]
+
+
+def _finished(engine: Engine, decoding: GpuDecoding, batch: Sequence[Prepared]) -> list[Prepared]:
+    """The batch with all of its pictures."""
+    pictures = iter(decoding.finish([one.jpeg for one in batch if one.jpeg is not None]))
+    done = [one if one.jpeg is None else _with(one, next(pictures)) for one in batch]
+    return [one if one.image is None else replace(one, image=one.image.to(engine.device)) for one in done]
+
+
+def _with(one: Prepared, picture: Tensor | BadImage) -> Prepared:
+    if isinstance(picture, BadImage):
+        return replace(one, error=str(picture), code=picture.code)
+    return replace(one, image=picture)
 
 
 def table_of(engine: Engine, batch: Sequence[Prepared], schema: pa.Schema) -> pa.Table:

@@ -33,6 +33,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from anomaly_vae import Detector, Engine
+from anomaly_vae.gpu_decoding import GpuDecoding
+from anomaly_vae.scan_rows import scored
 from anomaly_vae.scanning import Scan
 from anomaly_vae.sources import Folder
 
@@ -97,31 +99,37 @@ def loader(detector: Detector, paths: Sequence[Path]) -> None:
         detector.judge(batch)
 
 
-def scanned(engine: Engine, folder: Path, out: Path) -> None:
+def scanned(engine: Engine, folder: Path, out: Path, on_gpu: bool = False) -> None:
     """The command's engine."""
+    decoding = GpuDecoding(engine, tell=print) if on_gpu else None
     with Scan(engine, Folder(folder), out) as scan:
-        scan.finish(scan.run())
+        scan.finish(scan.run(score=partial(scored, decoding=decoding)))
 
 
 def speed(options: argparse.Namespace) -> Iterator[str]:
     """Images a second; medians of interleaved runs."""
     yield from machine()
-    yield "| | " + " | ".join(("bare images/s", "scan", "share of bare", "DataLoader", "scan / DataLoader")) + " |"
-    yield "|---|---|---|---|---|---|"
+    on_gpu = options.device.startswith("cuda")
+    heads = ["bare images/s", "scan", "share of bare", "DataLoader", "scan / DataLoader"]
+    heads += ["scan --decode gpu"] if on_gpu else []
+    yield "| | " + " | ".join(heads) + " |"
+    yield "|---" * (len(heads) + 1) + "|"
     for kind in options.kinds:
         count = max(64, options.files // {"png128": 1, "jpeg1024": 4, "jpeg12m": 20}[kind])
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place) / "in"
             paths = made(options.pictures, kind, count, folder)
-            engine = Engine(Detector.load(options.bundle), "cpu", BATCH)
+            engine = Engine(Detector.load(options.bundle), options.device, BATCH)
             engine.warm()  # as a scan does after a thousand pictures
-            by_hand = Detector.load(options.bundle)
+            by_hand = Detector.load(options.bundle, options.device)
             out = Path(place) / "out.parquet"
             ways: dict[str, Callable[[], None]] = {
                 "bare": partial(bare, engine, paths),
                 "scan": partial(scanned, engine, folder, out),
                 "loader": partial(loader, by_hand, paths),
             }
+            if on_gpu:
+                ways["gpu"] = partial(scanned, engine, folder, out, True)
             runs: dict[str, list[float]] = {name: [] for name in ways}
             for way in ways.values():
                 timed(way)  # once for caches and warm-up
@@ -132,6 +140,7 @@ def speed(options: argparse.Namespace) -> Iterator[str]:
         cells = [f"{middle[n]:.0f} ({min(runs[n]):.0f}-{max(runs[n]):.0f})" for n in ("bare", "scan")]
         cells += [f"{middle['scan'] / middle['bare']:.0%}", f"{middle['loader']:.0f}"]
         cells.append(f"{middle['scan'] / middle['loader']:.1f}")
+        cells += [f"{middle['gpu']:.0f} ({min(runs['gpu']):.0f}-{max(runs['gpu']):.0f})"] if on_gpu else []
         yield f"| {kind}, {count:,} files | " + " | ".join(cells) + " |"
     yield f"start-up: {start_up(options):.1f} s for a scan of one picture, as a command"
 
@@ -237,6 +246,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--pictures", type=Path, required=True)
     parser.add_argument("--kinds", nargs="+", choices=tuple(KINDS), default=list(KINDS))
+    parser.add_argument("--device", default="cpu", help="for speed; with cuda also a scan whose JPEGs the GPU decodes")
     parser.add_argument("--files", type=int, default=2000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--kills", type=int, default=50)

@@ -61,6 +61,7 @@ LIBRARY = [
     {"compiled", "exportable"},
     {"precision", "onnx_graph"},
     {"engine"},
+    {"gpu_decoding"},
     {"scan_rows", "watch_alarms"},
     {"scan_ray"},
     {"scan_summary", "scan_files", "delivering"},
