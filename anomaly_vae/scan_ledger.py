@@ -132,15 +132,32 @@ class Ledger:
         spans = [(_end(segments[0], 0), _end(segments[-1], -1)) for segments in runs]
         return all(before[1] < after[0] for before, after in pairwise(spans))
 
-    def finish(self, write: Callable[[Path], None]) -> None:
-        """Have the result written beside its place, rename it, and forget the segments."""
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What the scan is of."""
+        return self._facts
+
+    def finish(self, write: Callable[[Path], None], keep: Callable[[Path], None] | None = None) -> None:
+        """Have the result written beside its place, rename it, and forget the segments.
+
+        `keep` is called with the result before it has its name, and may put something into `folder`, which then stays.
+        """
         temporary = self.folder / "result.tmp"
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        if keep is not None:
+            keep(temporary)
         temporary.replace(self._out)
         sync_folder(self._out.parent)
-        self.forget()
+        if keep is None:
+            self.forget()
+        else:
+            self._drop_segments()
+
+    def _drop_segments(self) -> None:
+        for left in self.folder.glob("*.parquet"):
+            left.unlink()
 
     def forget(self) -> None:
         """Delete the ledger; the lock is held until the end."""
@@ -174,8 +191,7 @@ class Ledger:
             self.started = found.pop("started", self.started)
             self._compare(found)
         else:
-            for left in self.folder.glob("*.parquet"):
-                left.unlink()
+            self._drop_segments()
             write_durably(place, json.dumps({**self._facts, "started": self.started}, indent=1).encode())
         for left in self.folder.glob(".*"):
             left.unlink()  # what was being written when an earlier go was killed

@@ -78,8 +78,8 @@ class Scan:
         """All rows, with the verdict that holds for the whole scan."""
         return map(summary.judged_anew, self.ledger.tables())
 
-    def finish(self, summary: Summary) -> None:
-        """Write the result, and forget the ledger."""
+    def finish(self, summary: Summary, keep: Callable[[Path], None] | None = None) -> None:
+        """Write the result, and forget the ledger but for what `keep` puts into its folder: see `Ledger.finish`."""
 
         def write(place: Path) -> None:
             with writing(place, self._ending, self.schema) as table_writer:
@@ -87,9 +87,13 @@ class Scan:
                     table_writer.write_table(table)
 
         try:
-            self.ledger.finish(write)
+            self.ledger.finish(write, keep)
         except OSError as error:
             raise self._unwritable(error) from None
+
+    def written(self) -> Iterator[pa.Table]:
+        """All rows of the result, once it is finished."""
+        return reading(self._out, self.schema)
 
     def _unwritable(self, error: OSError) -> DataError:
         return DataError(f"cannot write {printable(self._out)}: {error.strerror or error}; mend that and repeat the "
