@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 LIBRARY = [
     {"seeds", "answers"},
     {"watch_answers"},
-    {"errors"},
+    {"errors", "trickling"},
     {"asking"},
     {"scan_calls", "paths", "external_sort"},
     {"tables"},
