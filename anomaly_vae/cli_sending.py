@@ -53,7 +53,7 @@ class Sending:
         """
         from anomaly_vae.scan_outbox import Outbox
 
-        kind = {**scan.ledger.facts, "model": self._model, "source_sent": self._source}
+        kind = {**scan.kind, "model": self._model, "sent_as": self._source, "rows": self._rows}
         self._outbox = Outbox(scan.ledger.folder, out, kind)
         if not anew and self._url is not None:
             self._unsent = self._outbox.left()

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -64,6 +65,11 @@ class Scan:
 
     def __exit__(self, *error: object) -> None:
         self.ledger.__exit__(*error)
+
+    @property
+    def kind(self) -> dict[str, Any]:
+        """What tells its result from those of other scans into the same file."""
+        return {**self.ledger.facts, "fdr": self._wanted.fdr}
 
     def run(self, report: Callable[[Counts], None] = lambda counts: None, score: Score = scored) -> Summary:
         """Score what is not scored yet; what the whole scan found, earlier goes included."""

@@ -197,6 +197,9 @@ def test_a_service_that_stays_away_costs_nothing_but_a_repetition(tiny_bundle, f
     other = command(*words, "--alpha", "0.2", script=script(0.5))
     assert other.returncode == 2
     assert "repeat it as it was to send the rest, or give --fresh to begin anew" in other.stderr
+    other = command(*words, "--fdr", "0.5", script=script(0.5))
+    assert other.returncode == 2
+    assert "repeat it as it was to send the rest" in other.stderr
     with running(tiny_bundle, store, f"port={url.rsplit(':', 1)[1]}"), Client(url) as client:
         done = command(*words)
         assert done.returncode == 3, "the exit code is that of the scan"

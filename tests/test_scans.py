@@ -1,6 +1,7 @@
 """Scans of whole folders that a service was told of: kept, listed, shown with their reports, deleted, let go of."""
 
 import asyncio
+import json
 import threading
 from datetime import UTC, datetime, timedelta
 
@@ -178,6 +179,9 @@ def test_both_clients_do_it(server, keys, tmp_path):
             third = await client.add_scan(FinishedScan(name="three", started=BEGAN, finished=BEGAN, **told))
             assert (await client.set_report(third.id, HTML)).has_report
             assert await client.report(third.id) == HTML
+            row = {"path": "a.png", "score": 1.0, "p_value": 0.5, "outlier": False, "version": TOLD["version"]}
+            for _ in range(2):
+                assert (await client.add_rows(third.id, 0, json.dumps(row).encode())).rows == 1
             assert [one.id async for one in client.scans(limit=3)] == [third.id, second.id, first.id]
             assert (await client.scan(third.id)).name == "three"
             assert [await client.forget_scan(one) for one in (first.id, second.id, third.id)] == [1, 1, 1]
