@@ -1,6 +1,6 @@
 """`anomaly-vae scan`: a whole source into one table."""
 
-import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from anomaly_vae.cli_common import Alpha, AsJson, BundleArgument, Device, engine_of, print_json
+from anomaly_vae.cli_sending import KEY, Sending
 from anomaly_vae.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from anomaly_vae.detector import Detector
     from anomaly_vae.engine import Engine
+    from anomaly_vae.scan_calls import FinishedScan
     from anomaly_vae.scan_summary import Summary
     from anomaly_vae.scanning import Scan, Score
     from anomaly_vae.sources import Source
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
 Which = Literal["none", "outliers", "all"]
 How = Literal["link", "move"]
 Decoder = Literal["cpu", "gpu"]
-KEY = "ANOMALY_VAE_KEY"
 
 
 class Where(StrEnum):
@@ -61,8 +62,19 @@ def scan(
     quarantine_by: Annotated[How, typer.Option(help="Whether they are linked there, or moved.")] = "link",
     send_to: Annotated[
         str | None,
-        typer.Option(metavar="URL", help=f"Tell a service of the scan, for its page; a key is taken from {KEY}."),
+        typer.Option(
+            metavar="URL", help=f"Send rows and report to a service, for its page; a key is taken from {KEY}."
+        ),
     ] = None,
+    send_as: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE", help="What the service shows the rows under.", show_default="the key's, or scan"
+        ),
+    ] = None,
+    send_rows: Annotated[
+        bool, typer.Option(help="Whether the service gets the rows, or counts and report alone.")
+    ] = True,
     fail_above: Annotated[
         float | None, typer.Option(help="Exit with 3 where the rate of outliers is above this.")
     ] = None,
@@ -94,7 +106,6 @@ def scan(
     """Score every picture of a folder, list, archive or bucket into a table; killed, the same command goes on."""
     from anomaly_vae import console
     from anomaly_vae.scan_rows import scored
-    from anomaly_vae.scan_view import ScanView
     from anomaly_vae.scanning import Scan, Score, Wanted
     from anomaly_vae.sources import source_of
 
@@ -103,8 +114,10 @@ def scan(
     engine = engine_of(bundle, *(("cpu", alpha) if on_ray else (device, alpha, batch_size, precision)))
     pictures = source_of(source, engine.detector.image.max_bytes)
     maps_to = heatmaps_to or out.with_name(f"{out.name}.heatmaps")
-    wishes = _Wishes(report, heatmaps, maps_to, quarantine, quarantine_by, send_to)
+    sending = Sending(send_to, send_as, send_rows, bundle)
+    wishes = _Wishes(report, heatmaps, maps_to, quarantine, quarantine_by, send_to is not None)
     wishes.check(pictures)
+    sending.check()
     if engine.remark:
         console.note(engine.remark)
     running = Scan(engine, pictures, out, Wanted(fdr, fresh, update))
@@ -118,26 +131,42 @@ def scan(
         score = RayScored(where_to, pictures, opening, running.ledger.folder, console.note)
     elif (address, actors, gpus_per_actor) != (None, None, None):
         raise ConfigError("--address, --actors and --gpus-per-actor are for --engine ray; add it")
-    with running:
-        if running.ledger.begun:
-            console.note("an earlier go was cut short; its rows are kept")
-        try:
-            with ScanView(pictures if pictures.plain and source != "-" else None) as view:
-                summary = running.run(view, score)
-        except KeyboardInterrupt:
-            console.note("interrupted; the same command goes on from here, with --fresh it begins anew")
-            raise typer.Exit(130) from None
-        made = _Made(engine, pictures, source, running, summary)
-        page = made.as_wished(wishes, fdr)
-        running.finish(summary)
-    if as_json:
-        print_json(_facts(engine.detector, summary, out))
-    else:
-        for line in [*_lines(summary, fdr, out), *made.lines]:
-            console.say(line)
-    if send_to is not None:
-        console.note(made.send(send_to, bundle, page))
-    raise typer.Exit(_code(summary, fail_above, strict))
+    shown = pictures if pictures.plain and source != "-" else None
+    with running, _interruptible():
+        facts, lines = sending.finished_before(running, out, fresh or update), list[str]()
+        if facts is None:
+            summary = _scanned(running, score, shown)
+            made = _Made(engine, pictures, source, running, summary)
+            page, facts = made.as_wished(wishes, fdr), _facts(engine.detector, summary, out)
+            running.finish(summary, sending.keeping(made.told, facts, page))
+            lines = [*_lines(summary, fdr, out), *made.lines]
+        if as_json:
+            print_json(facts)
+        else:
+            console.say("\n".join(lines) or None)
+        sending.send(running)
+    raise typer.Exit(_code(facts, fail_above, strict))
+
+
+@contextmanager
+def _interruptible() -> "Iterator[None]":
+    try:
+        yield
+    except KeyboardInterrupt:
+        from anomaly_vae import console
+
+        console.note("interrupted; the same command goes on from here, with --fresh it begins anew")
+        raise typer.Exit(130) from None
+
+
+def _scanned(scan: "Scan", score: "Score", shown: "Source | None") -> "Summary":
+    from anomaly_vae import console
+    from anomaly_vae.scan_view import ScanView
+
+    if scan.ledger.begun:
+        console.note("an earlier go was cut short; its rows are kept")
+    with ScanView(shown) as view:
+        return scan.run(view, score)
 
 
 def _with_gpu(engine: "Engine") -> "Score":
@@ -157,7 +186,7 @@ class _Wishes:
     heatmaps_to: Path
     quarantine: Path | None
     quarantine_by: How
-    send_to: str | None
+    sent: bool
 
     def check(self, source: "Source") -> None:
         """Before hours of scanning rather than after them."""
@@ -194,7 +223,7 @@ class _Made:
             paths = self._rows("outlier", lambda outlier: outlier is not None and (of_all or outlier))
             count = write_heat_maps(self._engine, self._source, paths, folder)
             self.lines.append(f"{count:,} heat maps written to {folder}")
-        page = self.report(fdr) if wishes.report is not None or wishes.send_to is not None else ""
+        page = self.report(fdr) if wishes.report is not None or wishes.sent else ""
         if wishes.report is not None:
             from anomaly_vae.reporting import write_report
 
@@ -219,41 +248,33 @@ class _Made:
             self._engine, self._source, self._summary, self._scan.tables(self._summary), self._name, verdict
         )
 
-    def send(self, url: str, bundle: Path, page: str) -> str:
+    def told(self, model: str, source: str | None) -> "FinishedScan":
+        """What a service is told of it."""
         from datetime import UTC, datetime
 
-        from anomaly_vae.client import Client
-        from anomaly_vae.errors import AnomalyVaeError, ServiceError
         from anomaly_vae.scan_calls import FinishedScan
 
-        counts, detector = self._summary.counts, self._engine.detector
-        told = FinishedScan(
+        counts, policy, by_fdr = self._summary.counts, self._engine.detector.policy, self._summary.by_fdr
+        return FinishedScan(
             name=self._name,
-            model=bundle.resolve().name,
-            version=detector.version,
+            model=model,
+            version=self._engine.detector.version,
+            source=source,
             started=datetime.fromtimestamp(self._scan.ledger.started, UTC),
             finished=datetime.now(UTC),
             scored=counts.images,
             failed=counts.errors,
             outliers=self._summary.outliers,
-            expected_rate=detector.policy.expected_false_alarm_rate,
-            alpha=detector.policy.alpha,
+            # By a false-discovery rate none is expected where all are normal, and the p-value that decides is its cut.
+            expected_rate=0.0 if by_fdr else policy.expected_false_alarm_rate,
+            alpha=(self._summary.cut or 0.0) if by_fdr else policy.alpha,
         )
-        try:
-            with Client(url, os.environ.get(KEY)) as client:
-                scan = client.add_scan(told)
-                client.set_report(scan.id, page.encode(errors="backslashreplace"))
-        except ServiceError as error:
-            untold = AnomalyVaeError(f"the result is written, but {url} was not told of it: {error}")
-            untold.exit_code = error.exit_code
-            raise untold from None
-        return f"told {url} of it, as scan {scan.id}"
 
 
-def _code(summary: "Summary", fail_above: float | None, strict: bool) -> int:
-    if fail_above is not None and summary.outliers > fail_above * summary.counts.images:
+def _code(facts: dict[str, Any], fail_above: float | None, strict: bool) -> int:
+    if fail_above is not None and facts["outliers"] > fail_above * facts["images"]:
         return 3
-    return 4 if strict and summary.counts.errors else 0
+    return 4 if strict and facts["errors"] else 0
 
 
 def _facts(detector: "Detector", summary: "Summary", out: Path) -> dict[str, Any]:

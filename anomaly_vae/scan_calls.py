@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote
@@ -10,7 +10,7 @@ from urllib.parse import quote
 from anomaly_vae.answers import Forgotten
 from anomaly_vae.asking import Ask, Moment, get, page_of, post
 from anomaly_vae.errors import DataError
-from anomaly_vae.watch_answers import Scan, ScanPage
+from anomaly_vae.watch_answers import RowsTaken, Scan, ScanPage
 
 _T = TypeVar("_T")
 
@@ -20,7 +20,8 @@ class FinishedScan:
     """What a service is told of a scan.
 
     `version`: the model's, as its bundle says. `source`: by default the key's. `scored`, `failed` and `outliers` count
-    pictures. `expected_rate`: of outliers, were all pictures normal.
+    pictures. `expected_rate`: of outliers, were all pictures normal. `token`: 32 hex digits made up at random, for a
+    scan whose rows follow (`add_rows`); told again, it finds the scan that there is.
     """
 
     name: str
@@ -34,6 +35,7 @@ class FinishedScan:
     outliers: int
     expected_rate: float
     alpha: float
+    token: str | None = None
 
 
 class ScanCalls(ABC):
@@ -42,6 +44,11 @@ class ScanCalls(ABC):
     def add_scan(self, scan: FinishedScan) -> Scan:
         """Tell of a scan that came to its end."""
         return self._do(_added(scan))
+
+    def add_rows(self, scan: str, first: int, lines: bytes) -> RowsTaken:
+        """Send rows of a scan's result, lines of JSON as `scan --out x.ndjson` writes them, up to 1,000 at a time;
+        `first`: the place of the first of them, from 0. What is there already is passed over."""
+        return self._do(_with_rows(scan, first, lines))
 
     def set_report(self, scan: str, report: bytes | Path) -> Scan:
         """Send a scan's report: an HTML page that fetches nothing, or the path of one."""
@@ -79,6 +86,11 @@ class AsyncScanCalls(ABC):
     async def add_scan(self, scan: FinishedScan) -> Scan:
         """Tell of a scan that came to its end."""
         return await self._do(_added(scan))
+
+    async def add_rows(self, scan: str, first: int, lines: bytes) -> RowsTaken:
+        """Send rows of a scan's result, lines of JSON as `scan --out x.ndjson` writes them, up to 1,000 at a time;
+        `first`: the place of the first of them, from 0. What is there already is passed over."""
+        return await self._do(_with_rows(scan, first, lines))
 
     async def set_report(self, scan: str, report: bytes | Path) -> Scan:
         """Send a scan's report: an HTML page that fetches nothing, or the path of one."""
@@ -120,7 +132,14 @@ def _added(scan: FinishedScan) -> Ask[Scan]:
         return moment if isinstance(moment, str) else moment.astimezone().isoformat()
 
     times = {"started": text(scan.started), "finished": text(scan.finished)}
-    return post("/v1/scans", Scan, **{**asdict(scan), **times})
+    ask = post("/v1/scans", Scan, **{**asdict(scan), **times})
+    return replace(ask, repeatable=scan.token is not None)
+
+
+def _with_rows(scan: str, first: int, lines: bytes) -> Ask[RowsTaken]:
+    headers = {"Content-Type": "application/x-ndjson"}
+    return Ask("POST", _path(scan, "/rows"), RowsTaken, {"first": first}, content=lines, headers=headers,
+               repeatable=True)  # fmt: skip
 
 
 def _reported(scan: str, report: bytes | Path) -> Ask[Scan]:

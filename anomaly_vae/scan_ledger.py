@@ -9,6 +9,7 @@ import heapq
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -63,6 +64,10 @@ class Ledger:
         self._go = 0
         self.started = time.time()
         self._lanes = (_Lane(), _Lane())
+        # Rows may come so slowly that nobody else is there to write them in time.
+        self._guard = threading.RLock()
+        self._timer: threading.Timer | None = None
+        self._late_error: OSError | None = None
 
     def __enter__(self) -> "Ledger":
         try:
@@ -78,6 +83,8 @@ class Ledger:
         return self
 
     def __exit__(self, *_: object) -> None:
+        with self._guard:
+            self._stop_timer()
         self._release()
 
     @property
@@ -87,18 +94,42 @@ class Ledger:
 
     def add(self, table: pa.Table, lane: int = 0) -> None:
         """Take rows, and have them on disk soon. Those of a `lane`, of which there are two, are in order."""
-        if self._lanes[lane].add(table):
-            self.flush()
+        with self._guard:
+            if self._lanes[lane].add(table):
+                self.flush()
+            elif self._timer is None:
+                self._timer = threading.Timer(_SECONDS, self._flush_late)
+                self._timer.daemon = True
+                self._timer.start()
 
     def flush(self) -> None:
         """Put on disk what was taken."""
-        for i, lane in enumerate(self._lanes):
-            if lane.tables:
-                segment = pa.BufferOutputStream()
-                pq.write_table(pa.concat_tables(lane.tables), segment)
-                place = self.folder / f"{self._go + i:04d}-{lane.written:06d}.parquet"
-                write_durably(place, segment.getvalue().to_pybytes())
-                lane.tables, lane.written = [], lane.written + 1
+        with self._guard:
+            self._stop_timer()
+            error, self._late_error = self._late_error, None
+            if error is not None:
+                raise error
+            for i, lane in enumerate(self._lanes):
+                if lane.tables:
+                    segment = pa.BufferOutputStream()
+                    pq.write_table(pa.concat_tables(lane.tables), segment)
+                    place = self.folder / f"{self._go + i:04d}-{lane.written:06d}.parquet"
+                    write_durably(place, segment.getvalue().to_pybytes())
+                    lane.tables, lane.written = [], lane.written + 1
+
+    def _flush_late(self) -> None:
+        with self._guard:
+            if self._timer is not threading.current_thread():
+                return  # somebody was quicker
+            try:
+                self.flush()
+            except OSError as error:
+                self._late_error = error  # for whoever adds or flushes next
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def done(self, columns: tuple[str, ...] = ("path", "size", "mtime", "error")) -> Iterator[Row]:
         """Of rows that earlier goes left, these columns, in order."""
@@ -132,15 +163,32 @@ class Ledger:
         spans = [(_end(segments[0], 0), _end(segments[-1], -1)) for segments in runs]
         return all(before[1] < after[0] for before, after in pairwise(spans))
 
-    def finish(self, write: Callable[[Path], None]) -> None:
-        """Have the result written beside its place, rename it, and forget the segments."""
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What the scan is of."""
+        return self._facts
+
+    def finish(self, write: Callable[[Path], None], keep: Callable[[Path], None] | None = None) -> None:
+        """Have the result written beside its place, rename it, and forget the segments.
+
+        `keep` is called with the result before it has its name, and may put something into `folder`, which then stays.
+        """
         temporary = self.folder / "result.tmp"
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        if keep is not None:
+            keep(temporary)
         temporary.replace(self._out)
         sync_folder(self._out.parent)
-        self.forget()
+        if keep is None:
+            self.forget()
+        else:
+            self._drop_segments()
+
+    def _drop_segments(self) -> None:
+        for left in self.folder.glob("*.parquet"):
+            left.unlink()
 
     def forget(self) -> None:
         """Delete the ledger; the lock is held until the end."""
@@ -174,8 +222,7 @@ class Ledger:
             self.started = found.pop("started", self.started)
             self._compare(found)
         else:
-            for left in self.folder.glob("*.parquet"):
-                left.unlink()
+            self._drop_segments()
             write_durably(place, json.dumps({**self._facts, "started": self.started}, indent=1).encode())
         for left in self.folder.glob(".*"):
             left.unlink()  # what was being written when an earlier go was killed

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from anomaly_vae.entries import Entry, Failed, Reader, as_os_error
+from anomaly_vae.trickling import Trickle
 
 FEWEST, MOST = 64, 1024
 """Entries of a block: few at first, so that all workers soon have one, and more of a long scan."""
@@ -66,12 +66,14 @@ class Manifest:
         shutil.rmtree(self.folder, ignore_errors=True)  # of a go that was cut short
         self.folder.mkdir()
         self._room, self._stopped = threading.Semaphore(self.ahead), threading.Event()
+        self._coming = Trickle(self.entries).__enter__()
         self._thread = threading.Thread(target=self._list, name="manifest", daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._stopped.set()
+        self._coming.__exit__()
         self._room.release()
         self._thread.join()
 
@@ -89,7 +91,7 @@ class Manifest:
         try:
             while not self._stopped.is_set():
                 size = min(MOST, max(FEWEST, listed // (2 * self.ahead)))
-                block = list(islice(self.entries, size))
+                block = self._coming.take(size)
                 if not block:
                     break
                 self._room.acquire()

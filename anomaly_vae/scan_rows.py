@@ -5,8 +5,8 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -18,6 +18,7 @@ from anomaly_vae.entries import Entry
 from anomaly_vae.errors import BadImage
 from anomaly_vae.gpu_decoding import GpuDecoding, Jpeg
 from anomaly_vae.judgement import Judgement
+from anomaly_vae.trickling import Trickle
 
 _AHEAD = 4
 """Batches that are listed, read and decoded while one is judged, or fewer of large pictures."""
@@ -59,17 +60,21 @@ def scored(
 ) -> Iterator[pa.Table]:
     """A table for each batch of entries, in their order; a bad file is a row with its error.
 
-    `decoding`: the engine's GPU decodes what it can.
+    Where entries come slowly, a batch is what has come: see `trickling`. `decoding`: what the GPU decodes.
     """
     image = engine.detector.image
     of_batch = engine.max_batch * image.channels * image.height * image.width
     ahead = max(1, min(_AHEAD, _AHEAD_BYTES // of_batch))
     schema, seen = schema_of(engine.detector.spec.parts), 0
-    lister, pool = ThreadPoolExecutor(1, "list"), ThreadPoolExecutor(workers or os.cpu_count() or 1, "decode")
-    try:
+    # The entries are let go of first: whoever lists may wait for one that never comes.
+    with (
+        _pool(1, "list") as lister,
+        _pool(workers or os.cpu_count() or 1, "decode") as pool,
+        Trickle(entries) as coming,
+    ):
 
         def listed() -> list[Future[list[Prepared]]]:
-            batch = list(islice(entries, engine.max_batch))
+            batch = coming.take(engine.max_batch)
             chunks = [batch[i : i + _CHUNK] for i in range(0, len(batch), _CHUNK)]
             return [pool.submit(_prepared, engine, chunk, decoding) for chunk in chunks]
 
@@ -83,9 +88,15 @@ def scored(
             if seen > _WARM_AFTER and not engine.warmed:
                 engine.warm()
             yield table_of(engine, batch, schema)
+
+
+@contextmanager
+def _pool(threads: int, name: str) -> Iterator[ThreadPoolExecutor]:
+    found = ThreadPoolExecutor(threads, name)
+    try:
+        yield found
     finally:
-        for one in (lister, pool):
-            one.shutdown(cancel_futures=True)
+        found.shutdown(cancel_futures=True)
 
 
 def prepared(engine: Engine, entry: Entry, decoding: GpuDecoding | None = None) -> Prepared:

@@ -1,9 +1,10 @@
 """The verb `scan`: every picture of a source becomes one row of a table, a bad file a row with its error."""
 
-from collections import deque
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -20,6 +21,10 @@ from anomaly_vae.tables import check_ending, reading, writing
 
 COARSEST = 0.1
 """A false-discovery rate is refused where not even this share of all pictures would be found, however unusual."""
+
+_TAKEN_AT_ONCE = 4096
+_COUNTED = ["outlier", "error"]
+"""Columns that `Counts` looks at."""
 
 Score = Callable[[Engine, Iterator[Entry]], Iterator[pa.Table]]
 """What turns entries into tables of rows, in their order."""
@@ -61,6 +66,11 @@ class Scan:
     def __exit__(self, *error: object) -> None:
         self.ledger.__exit__(*error)
 
+    @property
+    def kind(self) -> dict[str, Any]:
+        """What tells its result from those of other scans into the same file."""
+        return {**self.ledger.facts, "fdr": self._wanted.fdr}
+
     def run(self, report: Callable[[Counts], None] = lambda counts: None, score: Score = scored) -> Summary:
         """Score what is not scored yet; what the whole scan found, earlier goes included."""
         counts = Counts()
@@ -78,8 +88,8 @@ class Scan:
         """All rows, with the verdict that holds for the whole scan."""
         return map(summary.judged_anew, self.ledger.tables())
 
-    def finish(self, summary: Summary) -> None:
-        """Write the result, and forget the ledger."""
+    def finish(self, summary: Summary, keep: Callable[[Path], None] | None = None) -> None:
+        """Write the result, and forget the ledger but for what `keep` puts into its folder: see `Ledger.finish`."""
 
         def write(place: Path) -> None:
             with writing(place, self._ending, self.schema) as table_writer:
@@ -87,9 +97,13 @@ class Scan:
                     table_writer.write_table(table)
 
         try:
-            self.ledger.finish(write)
+            self.ledger.finish(write, keep)
         except OSError as error:
             raise self._unwritable(error) from None
+
+    def written(self) -> Iterator[pa.Table]:
+        """All rows of the result, once it is finished."""
+        return reading(self._out, self.schema)
 
     def _unwritable(self, error: OSError) -> DataError:
         return DataError(f"cannot write {printable(self._out)}: {error.strerror or error}; mend that and repeat the "
@@ -106,7 +120,7 @@ class Scan:
 
     def _do(self, score: Score) -> Iterator[pa.Table]:
         """Put what is new into the ledger, and beside it what an earlier result knows already; both go by."""
-        done, taken = self.ledger.done(), _Taken(self.schema)
+        done, taken = self.ledger.done(), _Taken(self.schema, self.ledger)
         entries = (
             _missing(self._source, done, self._wanted.update) if self._source.sorted else _behind(self._source, done)
         )
@@ -114,9 +128,9 @@ class Scan:
             entries = taken.without(entries, _Known(self._old()), self._engine.detector.version)
         for table in score(self._engine, entries):
             self.ledger.add(table)
-            yield from taken.into(self.ledger)
+            yield from taken.counted()
             yield table
-        yield from taken.into(self.ledger)
+        yield from taken.counted()
 
     def _old(self) -> Iterator[Row]:
         for table in reading(self._out, self.schema):
@@ -167,11 +181,17 @@ class _Known:
 
 
 class _Taken:
-    """Rows that an earlier result knows of files that have not changed."""
+    """Rows that an earlier result knows of files that have not changed, on their way into the ledger.
 
-    def __init__(self, schema: pa.Schema) -> None:
-        self._schema = schema
-        self._rows: deque[Row] = deque()
+    However many there are before something must be scored: whoever lists puts them into the ledger, some at a time, and
+    of those no more is held than what is counted of them.
+    """
+
+    def __init__(self, schema: pa.Schema, ledger: Ledger) -> None:
+        self._schema, self._ledger = schema, ledger
+        self._guard = threading.Lock()
+        self._rows: list[Row] = []
+        self._uncounted: list[pa.Table] = []
 
     def without(self, entries: Iterator[Entry], known: _Known, version: str) -> Iterator[Entry]:
         """Entries that it does not know; whoever lists them does so in a thread of its own."""
@@ -180,15 +200,24 @@ class _Taken:
             if row is None or row["version"] != version or _is_other(entry, row):
                 yield entry
             else:
-                self._rows.append(row)
+                with self._guard:
+                    self._rows.append(row)
+                    if len(self._rows) == _TAKEN_AT_ONCE:
+                        self._put()
 
-    def into(self, ledger: Ledger) -> Iterator[pa.Table]:
-        """Rows so far."""
-        rows = [self._rows.popleft() for _ in range(len(self._rows))]
-        if rows:
-            table = pa.Table.from_pylist(rows, schema=self._schema)
-            ledger.add(table, lane=1)
-            yield table
+    def counted(self) -> Iterator[pa.Table]:
+        """What is counted of the rows since the last time, all of which are in the ledger then."""
+        with self._guard:
+            self._put()
+            tables, self._uncounted = self._uncounted, []
+        yield from tables
+
+    def _put(self) -> None:
+        if self._rows:
+            table = pa.Table.from_pylist(self._rows, schema=self._schema)
+            self._ledger.add(table, lane=1)
+            self._uncounted.append(table.select(_COUNTED))
+            self._rows = []
 
 
 def _check_fdr(engine: Engine, fdr: float | None) -> None:

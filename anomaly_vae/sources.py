@@ -8,7 +8,6 @@ import codecs
 import glob
 import os
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Protocol
@@ -221,7 +220,7 @@ class FileList:
 
     def __iter__(self) -> Iterator[Entry]:
         try:
-            with sys.stdin.buffer if self._place == "-" else Path(self._place).open("rb") as file:
+            with _opened(self._place) as file:
                 for name in _pieces(file, self._name):
                     yield entry_of(Path(os.fsdecode(name)))
         except OSError as error:
@@ -233,16 +232,29 @@ class FileList:
 _LONGEST = 1 << 16
 """Bytes of a piece of a list; paths are far shorter."""
 _WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_MARKS = (*_WIDE, codecs.BOM_UTF8)
+
+
+def _opened(place: str) -> IO[bytes]:
+    """Without a buffer, so that what is there is read; not `sys.stdin`, which a thread that waits would lock."""
+    return os.fdopen(os.dup(0), "rb", buffering=0) if place == "-" else Path(place).open("rb", buffering=0)
 
 
 def _pieces(file: IO[bytes], name: str) -> Iterator[bytes]:
-    """What stands between ends of lines, or between NULs if there is one in the beginning; empty ones are left out."""
-    rest = file.read(_LONGEST)
+    """What stands between ends of lines, or between NULs if there is one in the beginning, each as soon as it is whole;
+    empty ones are left out."""
+    rest, more = b"", file.read(_LONGEST)
+    while more and any(mark.startswith(rest + more) and mark != rest + more for mark in _MARKS):
+        rest, more = rest + more, file.read(_LONGEST)
+    rest += more
     if rest.startswith(_WIDE):
         raise DataError(f"{name} is UTF-16; save it as UTF-8")
     rest = rest.removeprefix(codecs.BOM_UTF8)
-    # No path is as long as what was read, so that the NUL behind the first one is in it.
-    end = b"\0" if b"\0" in rest else b"\n"
+    # Of what comes by and by, a NUL or an end of line has to come before it is known which of them ends a name.
+    while more and not (b"\0" in rest or b"\n" in rest or len(rest) > _LONGEST):
+        more = file.read(_LONGEST)
+        rest += more
+    end, seen = b"\0" if b"\0" in rest else b"\n", len(rest)
     while True:
         *whole, rest = rest.split(end)
         yield from filter(None, (_stripped(piece, end) for piece in whole))
@@ -251,7 +263,10 @@ def _pieces(file: IO[bytes], name: str) -> Iterator[bytes]:
         more = file.read(_LONGEST)
         if not more:
             break
-        rest += more
+        if end == b"\n" and seen < _LONGEST and b"\0" in more[: _LONGEST - seen]:
+            what = f"{name} has an end of line before its first NUL, which came later"
+            raise DataError(f"{what}; write the list into a file (.txt) and scan that")
+        rest, seen = rest + more, seen + len(more)
     yield from filter(None, [_stripped(rest, end)])
 
 

@@ -45,7 +45,10 @@ class AlarmList(Reply):
 
 
 class Scan(Reply):
-    """A scan of a whole folder, as its command told of it. `expected_rate`: of outliers, were all pictures normal."""
+    """A scan of a whole folder, as its command told of it. `expected_rate`: of outliers, were all pictures normal.
+
+    `rows`: how many rows of its result have come, verdicts and errors, from the first on.
+    """
 
     id: VerdictId
     name: str
@@ -61,6 +64,15 @@ class Scan(Reply):
     expected_rate: Share
     alpha: Share
     has_report: bool
+    rows: Count = 0
+
+
+class RowsTaken(Reply):
+    """`rows`: how many rows of the scan are kept now, from the first on. `served`: whether the service serves this very
+    version; if not, its verdicts are kept and shown, and Prometheus does not see them."""
+
+    rows: Count
+    served: bool
 
 
 class ScanPage(Reply):

@@ -180,7 +180,9 @@ def _groups(
         flush, exports = running.recorder.flush, settings.max_exports
         groups["Verdicts"] = VerdictPages(store, scores.heatmap, flush, scores.regions, exports).routes()
         scans = Scans(store.database, KeptScans(settings.max_scans, settings.scan_days))
-        groups["Scans"] = ScanPages(scans, ids, settings.source, settings.max_report_bytes).routes()
+        groups["Scans"] = ScanPages(
+            scans, ids, store, models, metrics, settings.source, settings.max_report_bytes
+        ).routes()
     if watching is not None:
         groups["Alarms"] = AlarmPages(watching.alarms).routes()
     rules = [route.rule for group in groups.values() for route in group]

@@ -245,7 +245,8 @@ class AuditWanted(Spec):
 
 class ScanWanted(Body):
     """A scan that came to its end. `source`: the key's, or the service's own, unless told. `expected_rate`: of
-    outliers, were all pictures normal."""
+    outliers, were all pictures normal. `token`: made up at random by a command that sends rows; told again, it finds
+    the scan that there is."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -270,6 +271,7 @@ class ScanWanted(Body):
     outliers: Number
     expected_rate: Annotated[float, Field(ge=0, le=1)]
     alpha: Annotated[float, Field(ge=0, le=1)]
+    token: str | None = Field(None, pattern=r"^[0-9a-f]{32}$")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -278,6 +280,12 @@ class ScanWanted(Body):
         if self.outliers > self.scored:
             raise ValueError(f"{self.outliers} outliers of {self.scored} pictures that were scored; mend the counts")
         return self
+
+
+class RowsWanted(Spec):
+    """`first`: the place of the first of these rows in the scan's result, counted from 0."""
+
+    first: int = Field(ge=0, le=10**15)
 
 
 class ScansWanted(Spec):

@@ -95,7 +95,10 @@ CODES: dict[str, Code] = {
     "not_raised": Code(_CONFLICT, "There is nothing to do."),
     "unknown_scan": Code(_NOT_FOUND, "Use an id of GET /v1/scans."),
     "no_report": Code(_NOT_FOUND, "Send one: PUT /v1/scans/ID/report."),
-    "not_yours": Code(HTTPStatus.FORBIDDEN, "Use the key that told of the scan, or one with the role admin."),
+    "not_yours": Code(HTTPStatus.FORBIDDEN, "Use the key that the message names, or one with the role admin."),
+    "bad_rows": Code(_BAD, "Mend the row that the message names: lines of a result of scan, as .ndjson has them."),
+    "too_many_rows": Code(_LARGE, "Send fewer rows at a time."),
+    "rows_missing": Code(_CONFLICT, "Send the rows from the place on that the message names."),
     "version_gone": Code(HTTPStatus.GONE, "Load the bundle that made the verdict."),
     "store_down": Code(_BUSY, "Wait until /ready says that the store is back."),
     # The service

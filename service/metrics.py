@@ -1,7 +1,7 @@
 """`Metrics`: what Prometheus sees, on a registry that is handed in; every label has few values, all known here."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -12,6 +12,8 @@ P_VALUES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6,
 FAILURES = (429, 500, 503, 504)
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 STAGES = ("read", "decode", "queue", "judge", "draw")
+SCANNED, MOST_SCANNED = "scan", 50
+"""The source of scans that name none, and how many others are told apart."""
 # Why a picture or a request got no score: refusals of the queue first, then what went wrong afterwards.
 REJECTIONS = (
     "queue_full",
@@ -43,7 +45,8 @@ class Metrics:
         self._versions: dict[str, str] = {}
         self._ratios: dict[tuple[str, str], float] = {}
         self._sources: dict[tuple[str, str, str], _OfSource] = {}
-        self._scored_by_gone = 0
+        self._scored_by_gone, self._sent = 0, 0
+        self._of_scans: set[str] = set()
         ProcessCollector(registry=registry)
         self._declare_traffic(registry)
         self._declare_verdicts(registry)
@@ -140,7 +143,7 @@ class Metrics:
         for source in (self._source, *sources):
             self._of(model, version, source)
         for labels, counted in list(self._sources.items()):
-            if labels[:2] == (model, version):
+            if labels[:2] == (model, version) and labels[2] not in self._of_scans:
                 counted.expected.set(expected_outlier_ratio)
 
     def gone(self, model: str, version: str) -> None:
@@ -198,7 +201,7 @@ class Metrics:
 
     def verdicts(self) -> int:
         """How many pictures this process has scored."""
-        return self._scored_by_gone + sum(self._count(labels) for labels in list(self._sources))
+        return self._scored_by_gone + sum(self._count(labels) for labels in list(self._sources)) - self._sent
 
     def _count(self, labels: tuple[str, str, str]) -> int:
         named = dict(zip(("model", "version", "source"), labels, strict=True))
@@ -214,6 +217,31 @@ class Metrics:
         counted.p_values.observe(p_value)
         if outlier:
             counted.outliers.inc()
+
+    def serves(self, model: str, version: str) -> bool:
+        """Whether verdicts of this version are counted."""
+        return (model, version) in self._ratios
+
+    def sent(
+        self, model: str, version: str, source: str, expected: float, verdicts: Sequence[tuple[float, bool]]
+    ) -> None:
+        """p-values and outliers of a scan that was made elsewhere; those of a version that is not served are not
+        counted, and sources of scans beyond `MOST_SCANNED` count as one: whoever scans may name them freely."""
+        if not self.serves(model, version):
+            return
+        known = any(labels[2] == source for labels in list(self._sources))
+        if not known and len(self._of_scans) >= MOST_SCANNED:
+            source = SCANNED
+        counted = self._of(model, version, source)
+        if not known:
+            self._of_scans.add(source)
+        if source in self._of_scans:
+            counted.expected.set(expected)
+        self._sent += len(verdicts)
+        counted.scored.inc(len(verdicts))
+        counted.outliers.inc(sum(outlier for _, outlier in verdicts))
+        for p_value, _ in verdicts:
+            counted.p_values.observe(p_value)
 
 
 class _OfSource(NamedTuple):

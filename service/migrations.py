@@ -47,6 +47,7 @@ from service.schema import (
     REVIEWS_BY_MODEL,
     SCAN_REPORTS,
     SCANS,
+    SCANS_BY_TOKEN,
     SESSIONS,
     TO_REVIEW,
     VERDICTS,
@@ -134,6 +135,11 @@ def _lend_numbers(connection: Connection) -> None:
     WORKERS.create(connection)
 
 
+def _let_scans_send_rows(connection: Connection) -> None:
+    _widen(SCANS.c.token, SCANS.c.rows)(connection)
+    SCANS_BY_TOKEN.create(connection, checkfirst=True)
+
+
 STEPS: tuple[Callable[[Connection], None], ...] = (
     _create(
         first_schema.VERDICTS, PICTURES, REVIEWS, FEEDBACK, first_schema.RATES, first_schema.HISTOGRAMS,
@@ -147,6 +153,7 @@ STEPS: tuple[Callable[[Connection], None], ...] = (
     _create(ALARMS),
     _create(SESSIONS),
     _widen(REVIEWS.c.content, CALIBRATIONS.c.seen, CALIBRATIONS.c.independent),
+    _let_scans_send_rows,
 )  # fmt: skip
 """Step k makes version k of version k - 1. A released one is never changed: a further one adds what a table lacks."""
 

@@ -188,6 +188,9 @@ def _sent(kind: str) -> dict[str, Any]:
         about = "Pictures; the field may have any name, and they are answered in the order sent"
         files = {"type": "array", "items": _raw("application/octet-stream"), "minItems": 1, "description": about}
         return {"schema": {"type": "object", "properties": {"file": files}, "required": ["file"]}}
+    if kind in _LINES:
+        about = "Lines of a result of `scan`, as .ndjson has them: an object each, with a verdict or an error"
+        return {"schema": {"type": "string", "minLength": 1, "description": about}}
     return {"schema": {**_raw(kind), **({"minLength": 1} if kind.startswith("text/") else {})}}
 
 
@@ -278,6 +281,8 @@ def _curl(operation: Mapping[str, Any], schemas: Mapping[str, Any]) -> str:
         body = schemas[content["application/json"]["schema"]["$ref"].removeprefix(_REF)]
         example = json.dumps(body.get("examples", [{}])[0])
         words += ["-H", "'Content-Type: application/json'", "-d", shlex.quote(example)]
+    elif "application/x-ndjson" in content:
+        words += ["-H", "'Content-Type: application/x-ndjson'", "--data-binary", "@rows.ndjson"]
     elif "text/html" in content:
         words += ["-H", "'Content-Type: text/html'", "--data-binary", "@report.html"]
     elif content:

@@ -5,11 +5,11 @@ import zlib
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, Select, delete, insert, select
+from sqlalchemy import Connection, RowMapping, Select, delete, func, insert, select, update
 
 from service import ids
 from service.auditing import note
-from service.database import Database
+from service.database import Database, or_nothing
 from service.schema import SCAN_REPORTS, SCANS
 
 
@@ -32,6 +32,14 @@ class Scans:
         with self._database.writing() as connection:
             connection.execute(insert(SCANS), {"id": number, "by": by, **scan})
             self._tidy(connection)
+
+    def add_once(self, number: int, by: str, scan: dict[str, Any]) -> int:
+        """As `add`, unless there is one of this `token`; the id of the one that there is then."""
+        with self._database.writing() as connection:
+            connection.execute(or_nothing(connection, SCANS), {"id": number, "by": by, **scan})
+            found: int = connection.execute(select(SCANS.c.id).where(SCANS.c.token == scan["token"])).scalar_one()
+            self._tidy(connection)
+        return found
 
     def scan(self, number: int) -> RowMapping | None:
         """One, with `has_report`."""
@@ -80,6 +88,12 @@ class Scans:
             gone += connection.scalars(select(s.id).order_by(s.id.desc()).offset(self._kept.most))
         if gone:
             _delete(connection, gone)
+
+
+def move_on(connection: Connection, number: int, before: int, after: int) -> bool:
+    """Note how many rows of a scan have come, in the transaction that keeps them; False where it is not `before`."""
+    ours = (SCANS.c.id == number, func.coalesce(SCANS.c.rows, 0) == before)
+    return connection.execute(update(SCANS).where(*ours).values(rows=after)).rowcount == 1
 
 
 def _delete(connection: Connection, numbers: list[int]) -> None:

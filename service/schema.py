@@ -260,8 +260,13 @@ SCANS = Table(
     _count("outliers"),
     Column("expected_rate", Double, nullable=False),
     Column("alpha", Double, nullable=False),
+    Column("token", String(32)),
+    Column("rows", BigInteger),
 )
-"""Scans of whole folders, as their commands told of them. `id`: of `ids.Ids`."""
+"""Scans of whole folders, as their commands told of them. `id`: of `ids.Ids`. `token`: by which a command that is
+repeated finds its scan again; null: it told none. `rows`: how many of its rows have come, from the first on."""
+
+SCANS_BY_TOKEN = Index("scans_by_token", SCANS.c.token, unique=True)
 
 SCAN_REPORTS = Table(
     "scan_reports",

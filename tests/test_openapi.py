@@ -125,6 +125,11 @@ def test_every_answer_is_as_the_document_says(server, document, digits_folder):
     told = ScanWanted.model_config["json_schema_extra"]["examples"][0]
     scan = ask("POST", "/v1/scans", 200, json=told).json()["id"]
     page = {"content": b"<p>a report", "headers": {"Content-Type": "text/html"}}
+    row = {"path": "a.png", "score": 1.0, "p_value": 0.5, "outlier": False, "version": told["version"]}
+    rows = {"content": json.dumps(row), "headers": {"Content-Type": "application/x-ndjson"}}
+    ask("POST", f"/v1/scans/{scan}/rows?first=0", 200, **rows)
+    ask("POST", f"/v1/scans/{scan}/rows?first=9", 409, **rows)
+    ask("POST", f"/v1/scans/{scan}/rows?first=0", 400, content="{}", headers=rows["headers"])
     ask("GET", f"/v1/scans/{scan}/report", 404)
     ask("PUT", f"/v1/scans/{scan}/report", 200, **page)
     for path in ("/v1/scans", f"/v1/scans/{scan}", f"/v1/scans/{scan}/report"):
@@ -247,7 +252,7 @@ def test_random_requests_find_no_answer_that_is_not_documented(server, digits_fo
     told = ScanWanted.model_config["json_schema_extra"]["examples"][0]
     scan = httpx.post(f"{server.url}/v1/scans", json=told).json()["id"]
     environment = {**os.environ, "MODEL": "tiny", "VERDICT": replies[0]["results"][0]["id"], "SCAN": scan}
-    environment.pop("PYTHONPATH", None)
+    environment |= {"PYTHONPATH": str(ROOT / "tests"), "SCHEMATHESIS_HOOKS": "schemathesis_lines"}
     command = [program, "--config-file", str(ROOT / "tests" / "schemathesis.toml"), "run",
                f"{server.url}/openapi.json", "--checks", "all", "--suppress-health-check", "all", "--no-color",
                "--max-examples", "10", "--seed", "1"]  # fmt: skip

@@ -1,5 +1,6 @@
 """The product's page in a real browser against a real service: seen, clicked, typed, and never complaining."""
 
+import json
 import re
 import time
 from collections.abc import Iterator
@@ -329,6 +330,33 @@ def test_scans_are_listed_with_their_reports(view: Watched, server: Server):
     with page.context.expect_page() as opened:
         row.get_by_role("link", name="Report").click()
     expect(opened.value.get_by_role("heading", name="All of it")).to_be_visible()
+
+
+def test_rows_of_a_scan_are_outliers_like_others_also_of_a_model_that_is_not_served(view: Watched, server: Server):
+    told = {
+        "name": "archive", "model": "elsewhere", "version": "0123456789ab", "alpha": 0.05, "token": "f" * 32,
+        "started": "2026-01-31T06:00:00Z", "finished": "2026-01-31T06:12:30Z",
+        "scored": 3, "failed": 1, "outliers": 2, "expected_rate": 0.05, "source": "cellar",
+    }  # fmt: skip
+    scan = httpx.post(f"{server.url}/v1/scans", json=told).raise_for_status().json()
+    row = {"score": 3.5, "p_value": 0.01, "outlier": True, "part_kl": 2.0, "version": told["version"]}
+    body = "\n".join(json.dumps({**row, "path": f"/far/away/{i}.png", "outlier": i > 0}) for i in range(3))
+    lines = {"content": body, "headers": {"Content-Type": "application/x-ndjson"}}
+    httpx.post(f"{server.url}/v1/scans/{scan['id']}/rows?first=0", **lines).raise_for_status()
+    page = shown(view.page, server, "scans")
+    page.locator("#scans tbody tr").filter(has_text="archive").get_by_role("link", name="3 of 4").click()
+    expect(page.locator("#verdicts > li")).to_have_count(2)
+    expect(page.locator("#verdicts .name")).to_have_text(["2.png", "1.png"])
+    for select, chosen in (("Model", "elsewhere"), ("Source", "cellar")):
+        expect(page.locator("#filter").get_by_label(select)).to_have_value(chosen)
+    assert_clean(page, "outliers")
+    page.get_by_role("button", name="Show 2.png").click()
+    expect(page.locator("#viewer")).to_contain_text("/far/away/2.png")
+    expect(page.locator("#viewer")).to_contain_text("A scan sent this verdict")
+    page.keyboard.press("Escape")
+    page.locator("#filter").get_by_label("Model").select_option("all")
+    page.locator("#filter").get_by_label("Source").select_option("all")
+    expect(page.locator("#verdicts .thumb:not(.bare)").first).to_be_visible()
 
 
 def test_a_service_that_does_not_answer_is_told_until_it_does(view: Watched, server: Server):

@@ -1,21 +1,28 @@
 """Scans of whole folders that a service was told of: kept, listed, shown with their reports, deleted, let go of."""
 
 import asyncio
+import json
+import threading
 from datetime import UTC, datetime, timedelta
 
 import httpx
 import pytest
+from prometheus_client import CollectorRegistry
 from serving import Server, running
+from sqlalchemy import text
 
 from anomaly_vae import answers, watch_answers
 from anomaly_vae.async_client import AsyncClient
 from anomaly_vae.client import Client
 from anomaly_vae.errors import DataError, ServiceError
 from anomaly_vae.scan_calls import FinishedScan
-from service.ids import first_at
+from service import migrations
+from service.ids import Ids, first_at
 from service.keys import KeyFile, Role, made
+from service.metrics import Metrics
 from service.scans import KeptScans, Scans
-from service.store import Store
+from service.sent_rows import OfScan, Row, SentRows
+from service.store import Store, Wanted
 
 BEGAN = datetime(2026, 1, 31, 6, tzinfo=UTC)
 TOLD = {
@@ -172,6 +179,9 @@ def test_both_clients_do_it(server, keys, tmp_path):
             third = await client.add_scan(FinishedScan(name="three", started=BEGAN, finished=BEGAN, **told))
             assert (await client.set_report(third.id, HTML)).has_report
             assert await client.report(third.id) == HTML
+            row = {"path": "a.png", "score": 1.0, "p_value": 0.5, "outlier": False, "version": TOLD["version"]}
+            for _ in range(2):
+                assert (await client.add_rows(third.id, 0, json.dumps(row).encode())).rows == 1
             assert [one.id async for one in client.scans(limit=3)] == [third.id, second.id, first.id]
             assert (await client.scan(third.id)).name == "three"
             assert [await client.forget_scan(one) for one in (first.id, second.id, third.id)] == [1, 1, 1]
@@ -198,3 +208,60 @@ def test_old_scans_go_and_reports_with_them(store_place):
     assert not forever.set_report(numbers[0], HTML)
     assert not forever.forget(numbers[0], "ann")
     store.close()
+
+
+def test_rows_are_kept_once_whoever_sends_them_in_both_databases(store_place):
+    store, names = Store(store_place), Ids()
+    metrics = Metrics(CollectorRegistry())
+    metrics.in_force("parts", TOLD["version"], 0.01, 100, None)
+    scans = Scans(store.database, KeptScans())
+    row = {**TOLD, "started": 0.0, "finished": 1.0, "source": "s", "scored": 190, "failed": 10, "token": "a" * 32}
+    number = scans.add_once(names.next(), "ann", row)
+    assert scans.add_once(names.next(), "ann", row) == number
+    of, sent = OfScan.of(scans.scan(number)), SentRows(scans, store, names, metrics)
+    verdict, bad = {"score": 1.0, "p_value": 0.25, "outlier": False}, {"error": "broken"}
+    rows = [Row(path=f"{i}.png", version=TOLD["version"], **(bad if i % 20 == 0 else verdict)) for i in range(200)]
+    gate, told = threading.Barrier(4), []
+
+    def send():
+        gate.wait()
+        told.extend(sent.add(of, first, rows[first : first + 25]) for first in range(0, 200, 25))
+
+    threads = [threading.Thread(target=send) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(told) == 32
+    assert scans.scan(number)["rows"] == 200
+    found = store.verdicts(Wanted(source="s"), limit=1000)
+    assert [one["filename"] for one in found][::-1] == [f"{i}.png" for i in range(200) if i % 20]
+    assert sum(int(one["scored"]) for one in store.rates(0, 4e9, 1_000_000)) == 190
+    labels = {"model": "parts", "version": TOLD["version"], "source": "s"}
+    assert metrics.registry.get_sample_value("anomaly_images_scored_total", labels) == 190
+    assert metrics.registry.get_sample_value("anomaly_rejected_total", {"reason": "bad_image"}) == 10
+    assert metrics.verdicts() == 0, "this process scored none of them"
+    scans.forget(number, "ann")
+    assert sent.add(of, 0, rows[:5]) is None
+    store.close()
+
+
+def test_a_store_of_scans_that_sent_no_rows_is_brought_up_to_date(store_place, monkeypatch):
+    steps = migrations.STEPS
+    monkeypatch.setattr(migrations, "STEPS", steps[:9])
+    old = Store(store_place)
+    with old.database.writing() as connection:
+        for statement in ("DROP INDEX scans_by_token", "ALTER TABLE scans DROP COLUMN token",
+                          'ALTER TABLE scans DROP COLUMN "rows"'):  # fmt: skip
+            connection.execute(text(statement))
+    old.close()
+    monkeypatch.setattr(migrations, "STEPS", steps)
+    for _ in range(2):
+        store = Store(store_place)
+        scans = Scans(store.database, KeptScans())
+        row = {**TOLD, "started": 0.0, "finished": 1.0, "source": "s"}
+        scans.add(Ids().next(), "ann", row)
+        assert scans.scans(None, 1)[0]["rows"] is None
+        again = [scans.add_once(Ids().next(), "ann", {**row, "token": "b" * 32}) for _ in range(2)]
+        assert again[0] == again[1]
+        store.close()

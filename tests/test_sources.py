@@ -1,12 +1,13 @@
 """Sources on disk: folders, patterns, lists. Whatever lies there is listed once, in one order, and nothing hangs."""
 
-import io
 import os
 import random
 import socket
 import sys
 import tempfile
+import time
 import tracemalloc
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from anomaly_vae import DataError, external_sort
 from anomaly_vae.paths import on_disk, order_of, printable
 from anomaly_vae.sources import FileList, Folder, Pattern, source_of
+from anomaly_vae.trickling import Trickle
 
 MOST = 1 << 20
 
@@ -343,9 +345,48 @@ def test_a_list_that_is_gone_is_told(tmp_path):
         list(source)
 
 
-def test_standard_input_may_be_a_list(tmp_path, monkeypatch):
-    class Standard:
-        buffer = io.BytesIO(b"a.png\0b.png\0")
+@contextmanager
+def standard_input():
+    """Another one, as what writes into it."""
+    reading, writing = os.pipe()
+    before = os.dup(0)
+    os.dup2(reading, 0)
+    os.close(reading)
+    try:
+        with os.fdopen(writing, "wb", buffering=0) as given:
+            yield given
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
 
-    monkeypatch.setattr(sys, "stdin", Standard)
-    assert paths(source_of("-", MOST)) == ["a.png", "b.png"]
+
+@pytest.mark.parametrize(("pieces", "expected"), [
+    ([b"a.png\n", b"b", b".png\nc.png"], [["a.png"], [], ["b.png", "c.png"]]),
+    ([b"a", b".png\r", b"\n", b"caf\xe9.png\n"], [[], [], ["a.png"], [r"caf\xe9.png"]]),
+    ([b"a\n.png\0", b"b.png\0c", b".png\0"], [["a\n.png"], ["b.png"], ["c.png"]]),
+    ([b"\xef", b"\xbb", b"\xbfa.png\n", b"\n\n", b"b.png"], [[], [], ["a.png"], [], ["b.png"]]),
+    ([b"\xef", b"a.png\n"], [[], [r"\xefa.png"]]),
+])  # fmt: skip
+def test_each_line_of_standard_input_counts_as_soon_as_it_is_there(pieces, expected):
+    with standard_input() as given, Trickle(iter(source_of("-", MOST)), patience=0.01) as coming:
+        for piece, names in zip(pieces, expected, strict=True):
+            given.write(piece)
+            if piece is pieces[-1]:
+                given.close()
+            found = []
+            while len(found) < len(names):
+                found += [entry.path for entry in coming.take(len(names) - len(found))]
+            assert found == names
+            if not names:
+                time.sleep(0.05)  # so that pieces are read apart
+        assert coming.take(1) == []
+
+
+def test_a_nul_that_comes_too_late_in_a_pipe_is_told(tmp_path):
+    with standard_input() as given:
+        names = iter(source_of("-", MOST))
+        given.write(b"a.png\nb.png\n")
+        assert [next(names).path, next(names).path] == ["a.png", "b.png"]
+        given.write(b"c.png\0d.png\0")
+        with pytest.raises(DataError, match="an end of line before its first NUL"):
+            next(names)

@@ -28,6 +28,15 @@ export async function refresh() {
   older.hidden = found.next === null || pages >= MOST_PAGES;
 }
 
+/** Show the outliers of one source alone. */
+export function only(model, source) {
+  const models = form.elements.model;
+  for (const [select, value] of [[form.elements.what, "outliers"], [models, models.options.length > 2 ? model : ""], [form.elements.source, source]]) select.value = value;
+  for (const select of [models, form.elements.source]) select.closest("label").hidden = !select.value;
+  pages = 1;
+  newest = null;
+}
+
 export function begin() {
   form.addEventListener("change", () => { pages = 1; newest = null; refresh().catch(() => {}); });
   older.addEventListener("click", () => { pages += 1; refresh().catch(() => {}); });

@@ -63,7 +63,9 @@ export async function refresh(again = false) {
   if (rates !== ratesBefore) {
     const total = totals(rates);
     const served = state.models.find((one) => one.name === model);
-    const promised = served?.policy.band ?? null;
+    // What calibration promises is of the policy in force; scans, and policies before, may have judged by another.
+    const same = served && (total.expected === null || Math.abs(total.expected / served.policy.expected_false_alarm_rate - 1) < 0.05);
+    const promised = same ? served.policy.band : null;
     showTotals(total, promised);
     const range = promised ? ` (with this calibration ${percent(promised[0])} to ${percent(promised[1])}, nine times in ten)` : "";
     const sentence = total.scored ? `Outliers: ${held(total.outliers, total.scored, total.band, total.expected, promised)}; ${percent(total.expected)} of normal pictures are expected to be flagged${range}.` : "No pictures in this time. Send some with POST /v1/score, or choose a longer time.";

@@ -6,7 +6,7 @@ import { el } from "./dom.js";
 const RANKS = { score: 1, read: 2, admin: 3 };
 
 export const features = JSON.parse(document.body.dataset.features);
-export const state = { session: null, models: [], bundles: [], sources: new Set() };
+export const state = { session: null, models: [], bundles: [], sources: new Set(), scanned: new Set() };
 
 /** Whether who is signed in has this role or a higher one. */
 export const may = (role) => (RANKS[state.session?.role] ?? 0) >= RANKS[role];
@@ -32,14 +32,16 @@ export function choices(select, options) {
 /** The lists of models and sources of all forms. */
 export function offerChoices() {
   const names = state.models.map((model) => [model.name, model.name]);
+  const kept = [...names, ...[...state.scanned].filter((name) => !state.models.some((one) => one.name === name)).sort().map((name) => [name, name])];
   for (const select of document.querySelectorAll("select[name=model]")) {
-    const all = select.form.id === "filter" && names.length > 1;
-    choices(select, all ? [["", "all"], ...names] : names);
-    select.closest("label").hidden = names.length < 2;
+    // What is kept may be of models that scans alone know.
+    const filter = select.form.id === "filter";
+    choices(select, filter ? [["", "all"], ...kept] : names);
+    select.closest("label").hidden = (filter ? kept : names).length < 2;
   }
   const sources = [...state.sources].sort().map((name) => [name, name]);
   for (const select of document.querySelectorAll("select[name=source]")) {
     choices(select, [["", "all"], ...sources]);
-    select.closest("label").hidden = sources.length < 2;
+    select.closest("label").hidden = sources.length < 2 && !select.value;
   }
 }

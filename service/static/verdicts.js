@@ -34,7 +34,12 @@ function judging(verdict, changed, all = false) {
 
 const said = (verdict) => verdict.feedback ? el("p", { class: "said" }, `${words(verdict.feedback.label)}, said ${verdict.feedback.by} `, time(verdict.feedback.at)) : null;
 
-const nameOf = (verdict) => verdict.filename ?? `picture ${verdict.id.slice(-6)}`;
+/** Why there is no picture: scans send verdicts alone. */
+const unseen = (verdict) => verdict.request_id.startsWith("scan-") ? "A scan sent this verdict; the picture is where it was. The scan's report shows the most unusual ones."
+  : "No picture of it is kept; the setting images says of which verdicts one is.";
+
+/** Scans tell whole paths, of which the end says most. */
+const nameOf = (verdict) => verdict.filename?.split("/").findLast(Boolean) ?? verdict.filename ?? `picture ${verdict.id.slice(-6)}`;
 
 function card(verdict, list) {
   const title = nameOf(verdict);
@@ -42,9 +47,9 @@ function card(verdict, list) {
     ? el("img", { src: `v1/verdicts/${verdict.id}/image`, alt: "", loading: "lazy", width: "160", height: "160" })
     : el("span", { class: "nothing" }, "no picture kept");
   return el("li", { class: "card", "data-id": verdict.id, "data-label": verdict.feedback?.label ?? "" },
-    el("button", { type: "button", class: "thumb", "aria-label": `Show ${title}`, click: () => open(verdict.id, list) }, thumb),
+    el("button", { type: "button", class: verdict.has_picture ? "thumb" : "thumb bare", "aria-label": `Show ${title}`, click: () => open(verdict.id, list) }, thumb),
     el("div", { class: "about" },
-      el("p", { class: "name", title }, title),
+      el("p", { class: "name", title: verdict.filename ?? title }, title),
       el("p", { class: "line" }, badge(verdict.outlier), el("span", { class: "muted" }, `p = ${figure(verdict.p_value, 2)}`)),
       el("p", { class: "muted" }, time(verdict.at), verdict.source === "default" ? "" : ` · ${verdict.source}`),
       said(verdict)),
@@ -117,8 +122,9 @@ async function open(id, list) {
     el("div", { class: "inside" },
       verdict.has_picture
         ? layered({ picture: `${place}/image`, heat: `${place}/heatmap${features.overlay ? "?style=overlay" : ""}`, alt: `What the model saw of ${nameOf(verdict)}`, regions: hot })
-        : el("p", { class: "notice" }, "No picture of it is kept; the setting images says of which verdicts one is."),
+        : el("p", { class: "notice" }, unseen(verdict)),
       el("div", {}, numbers(verdict), judged,
+        verdict.filename?.includes("/") ? el("p", { class: "muted path" }, verdict.filename) : null,
         el("p", { class: "muted" }, time(verdict.at), ` · ${verdict.model} ${verdict.version} · ${verdict.source} · `, el("code", {}, verdict.id)),
         where, parts(verdict.parts))));
   if (!box.open) box.showModal();
