@@ -14,6 +14,7 @@ import pytest
 import safetensors.numpy
 import torch
 from conftest import ROOT, TINY, write_digits
+from forked import command
 from PIL import Image
 from test_compiled import NARROW, SMALL, made, quartile_range, with_score
 from test_scores import KINDS
@@ -193,26 +194,22 @@ def with_stored_scores(path: Path, place: Path, moved: float) -> Path:
     return place
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    full = [sys.executable, "-m", "anomaly_vae", "export", *map(str, arguments)]
-    return subprocess.run(full, capture_output=True, text=True, cwd=ROOT)
-
-
 def test_the_command_fails_where_probe_images_score_otherwise(tiny_bundle, tiny_detector, tmp_path):
     """Moved by less than loading allows on another device, but by more than was asked for."""
     other = with_stored_scores(tiny_bundle, tmp_path / "other", 5e-4 * quartile_range(tiny_detector))
-    done = command(other, "--to", "onnx", "--tolerance", "0.0002")
+    full = [sys.executable, "-m", "anomaly_vae", "export", other, "--to", "onnx", "--tolerance", "0.0002"]
+    done = subprocess.run(full, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1
     assert done.stderr.startswith("error: the exported graph moves scores of the bundle's probe images by 0.0005")
     assert len(done.stderr.strip().splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other"]
-    assert command(other, "--to", "onnx").returncode == 0
+    assert command("export", other, "--to", "onnx").returncode == 0
     assert (tmp_path / "other.onnx").is_file()
 
 
 def test_the_command_fails_where_stored_scores_are_others_altogether(tiny_bundle, tiny_detector, tmp_path):
     other = with_stored_scores(tiny_bundle, tmp_path / "other", quartile_range(tiny_detector))
-    done = command(other)
+    done = command("export", other)
     assert done.returncode == 2
     assert "scores its own probe images differently" in done.stderr
     assert not (tmp_path / "other.onnx").exists()
