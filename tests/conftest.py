@@ -4,6 +4,9 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import fcntl
+import gc
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,11 @@ torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent
 
-LONGEST = ("presets", "openapi", "quality", "service_models", "latents_shown", "estimator", "objectives", "experts")
+LONGEST = (
+    "exporting", "presets", "scores", "experts", "retiring", "objectives", "page", "known_anomalies", "perceptual",
+    "service_recalibration", "reporting", "estimator", "training", "object_store", "store_absent", "openapi", "quality",
+    "overlaying", "compiled", "recorder", "service_models", "torchrun", "latents_shown", "faces_exercise",
+)  # fmt: skip
 """Files of many seconds. Each worker takes a file at a time, and must not be left with one of these at the end."""
 
 TINY = DetectorSpec.parse(
@@ -39,6 +46,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, the others as they are."""
     first = {f"test_{name}": i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: first.get(item.path.stem, len(first)))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays, and is a million objects that no collection of garbage needs to look at again."""
+    gc.freeze()
 
 
 def write_digits(folder: Path, normal: str = "0123", count: int | None = None) -> Path:
@@ -63,9 +75,21 @@ def tiny_spec() -> DetectorSpec:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, digits_folder: Path) -> Path:
-    """A real bundle: trained for some seconds on the digits 0-3, split-calibrated."""
+    """A real bundle: trained for some seconds on the digits 0-3, split-calibrated.
+
+    The first worker of pytest-xdist that wants it trains it for all; each has a copy to itself.
+    """
     path = tmp_path_factory.mktemp("bundles") / "tiny"
-    train(TINY, digits_folder, path, device="cpu")
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        train(TINY, digits_folder, path, device="cpu")
+        return path
+    shared = tmp_path_factory.getbasetemp().parent / "trained-for-all"
+    shared.mkdir(exist_ok=True)
+    with (shared / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / "tiny").exists():
+            train(TINY, digits_folder, shared / "tiny", device="cpu")
+    shutil.copytree(shared / "tiny", path)
     return path
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import write_digits
 from torch.nn import functional as F
 
 from anomaly_vae import Detector, DetectorSpec
@@ -36,6 +37,7 @@ SMALL = [
     "beside.defect.training.steps=120",
     "beside.defect.ensemble=2",
 ]
+SOME = [*SMALL, "calibration.few_normals=20", "calibration.alpha=0.05"]
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,12 @@ def bundle(tmp_path_factory, digits_folder):
     path = tmp_path_factory.mktemp("experts") / "both"
     train(read_preset("default", SMALL), digits_folder, path, device="cpu")
     return path
+
+
+@pytest.fixture(scope="module")
+def some_digits(tmp_path_factory):
+    """Fewer of them, where it does not matter how well they are told apart; with `SOME` they are not divided anew."""
+    return write_digits(tmp_path_factory.mktemp("some") / "digits", count=400)
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +115,10 @@ def test_advice_names_the_setting_of_the_kind_of_model_that_went_wrong(digits_fo
         train(read_preset("default", wild), digits_folder, tmp_path / "b", device="cpu")
 
 
-def test_pictures_too_small_for_parts_get_no_defect_models(digits_folder, tmp_path):
+def test_pictures_too_small_for_parts_get_no_defect_models(some_digits, tmp_path):
     said: list[str] = []
-    brief = [*SMALL, "beside_from=17", "training.steps=20"]
-    made = train(read_preset("default", brief), digits_folder, tmp_path / "b", device="cpu", say=said.append)
+    brief = [*SOME, "beside_from=17", "training.steps=20"]
+    made = train(read_preset("default", brief), some_digits, tmp_path / "b", device="cpu", say=said.append)
     assert made is not None
     assert list(Detector.load(made.path).members[0].experts) == [""]
     assert "left out defect: for pictures from 17 px on (beside_from)" in said
@@ -133,20 +141,20 @@ def test_both_kinds_of_oddness_are_found(detector, digits):
     assert detection(scores["n"], scores["d"]).auroc > 0.95
 
 
-def test_one_score_of_an_expert_can_be_the_verdict(bundle, digits_folder, tmp_path):
-    spec = read_preset("default", [*SMALL, "verdict=defect.synthetic_defect", "training.steps=20",
+def test_one_score_of_an_expert_can_be_the_verdict(some_digits, tmp_path):
+    spec = read_preset("default", [*SOME, "verdict=defect.synthetic_defect", "training.steps=20",
                                    "beside.defect.training.steps=20"])  # fmt: skip
-    trained = train(spec, digits_folder, tmp_path / "one", device="cpu")
+    trained = train(spec, some_digits, tmp_path / "one", device="cpu")
     judged = trained.detector.judge(torch.zeros(1, 1, 16, 16, dtype=torch.uint8))
     assert judged.score == judged.parts["defect.synthetic_defect"]
 
 
-def test_resuming_ends_with_the_same_weights(digits_folder, tmp_path):
+def test_resuming_ends_with_the_same_weights(some_digits, tmp_path):
     """Killed within the second kind of model."""
-    short = [*SMALL, "training.steps=30", "beside.defect.training.steps=40", "beside.defect.ensemble=1",
+    short = [*SOME, "training.steps=30", "beside.defect.training.steps=40", "beside.defect.ensemble=1",
              "beside.defect.training.checkpoint_seconds=0", "training.checkpoint_seconds=0"]  # fmt: skip
     spec = read_preset("default", short)
-    whole = train(spec, digits_folder, tmp_path / "whole", device="cpu")
+    whole = train(spec, some_digits, tmp_path / "whole", device="cpu")
 
     class Killed(Exception):
         pass
@@ -157,13 +165,13 @@ def test_resuming_ends_with_the_same_weights(digits_folder, tmp_path):
             raise Killed
 
     with pytest.raises(Killed):
-        train(spec, digits_folder, tmp_path / "again", device="cpu", report=kill)
-    again = train(spec, digits_folder, tmp_path / "again", device="cpu")
+        train(spec, some_digits, tmp_path / "again", device="cpu", report=kill)
+    again = train(spec, some_digits, tmp_path / "again", device="cpu")
     assert again.detector.version == whole.detector.version
 
 
-def test_evaluation_reports_every_part(bundle, digits_folder):
-    found = evaluate(Engine(Detector.load(bundle), "cpu", 32), digits_folder)
+def test_evaluation_reports_every_part(bundle, some_digits):
+    found = evaluate(Engine(Detector.load(bundle), "cpu", 32), some_digits)
     assert set(found.parts) == set(Detector.load(bundle).spec.parts)
     assert found.alarms_as_promised
 

@@ -14,6 +14,7 @@ import pytest
 import safetensors.numpy
 import torch
 from conftest import ROOT, TINY, write_digits
+from forked import command
 from PIL import Image
 from test_compiled import NARROW, SMALL, made, quartile_range, with_score
 from test_scores import KINDS
@@ -61,13 +62,17 @@ def drawn(detector: Detector, folder: Path) -> Path:
     return folder / "b.onnx"
 
 
-def judged(place: Path, images: np.ndarray, **given) -> dict[str, np.ndarray]:
-    session = onnxruntime.InferenceSession(place, providers=["CPUExecutionProvider"])
+def opened(place: Path) -> onnxruntime.InferenceSession:
+    """onnxruntime takes longer to open a graph than to judge by it: whoever judges often opens once."""
+    return onnxruntime.InferenceSession(place, providers=["CPUExecutionProvider"])
+
+
+def judged(session: onnxruntime.InferenceSession, images: np.ndarray, **given) -> dict[str, np.ndarray]:
     return dict(zip(NAMES, session.run(None, {"images": images, **given}), strict=True))
 
 
-def assert_same(place, detector, images, tolerance):
-    found, expected = judged(place, images.numpy()), detector.judge(images, heat=True)
+def assert_same(session, detector, images, tolerance):
+    found, expected = judged(session, images.numpy()), detector.judge(images, heat=True)
     assert np.abs(found["score"] - expected.score).max() <= tolerance * quartile_range(detector)
     np.testing.assert_array_equal(found["p_value"], expected.p_value)
     np.testing.assert_array_equal(found["outlier"], expected.outlier)
@@ -80,9 +85,9 @@ def assert_same(place, detector, images, tolerance):
 @pytest.mark.parametrize("name", [name for name in preset_names() if name != "hyperspherical-vae"])
 def test_every_preset_judges_alike(name, digits, tmp_path):
     detector = made(read_preset(name, [*SMALL, *NARROW.get(name, [])]), digits)
-    drawn(detector, tmp_path)
+    session = opened(drawn(detector, tmp_path))
     for count in (1, 2, 17):
-        assert_same(tmp_path / "b.onnx", detector, detector.probes.images[:count], UNTRAINED)
+        assert_same(session, detector, detector.probes.images[:count], UNTRAINED)
 
 
 def test_a_code_on_a_sphere_is_refused_by_name(digits, tmp_path):
@@ -100,15 +105,13 @@ def test_every_score_is_exported_or_refused_by_name(kind, digits, tmp_path):
             export(path)
         assert not (tmp_path / "b.onnx").exists()
         return
-    drawn(detector, tmp_path)
-    assert_same(tmp_path / "b.onnx", detector, detector.probes.images[:5], UNTRAINED)
+    assert_same(opened(drawn(detector, tmp_path)), detector, detector.probes.images[:5], UNTRAINED)
 
 
 def test_a_trained_bundle_is_exported_within_the_stated_tolerance(tiny_bundle, tiny_detector, tiny_graph, digits):
-    assert_same(tiny_graph, tiny_detector, digits[:40], 1e-4)
-    facts = json.loads(
-        onnxruntime.InferenceSession(tiny_graph).get_modelmeta().custom_metadata_map["anomaly_vae"],
-    )
+    session = opened(tiny_graph)
+    assert_same(session, tiny_detector, digits[:40], 1e-4)
+    facts = json.loads(session.get_modelmeta().custom_metadata_map["anomaly_vae"])
     assert facts["version"] == tiny_detector.version
     assert facts["parts"] == list(tiny_detector.spec.parts)
     assert facts["alpha"] == tiny_detector.policy.alpha
@@ -116,15 +119,17 @@ def test_a_trained_bundle_is_exported_within_the_stated_tolerance(tiny_bundle, t
 
 
 def test_a_score_depends_on_no_batch_mates(tiny_graph, tiny_detector, digits):
-    together, scale = judged(tiny_graph, digits[:33].numpy()), quartile_range(tiny_detector)
+    session = opened(tiny_graph)
+    together, scale = judged(session, digits[:33].numpy()), quartile_range(tiny_detector)
     for i in range(0, 33, 4):
-        alone = judged(tiny_graph, digits[i : i + 1].numpy())
+        alone = judged(session, digits[i : i + 1].numpy())
         assert abs(alone["score"][0] - together["score"][i]) <= 1e-4 * scale
         assert alone["p_value"][0] == together["p_value"][i]
 
 
 def test_heat_is_left_out_where_nobody_wants_it(tiny_graph, digits):
-    hot, cold = (judged(tiny_graph, digits[:3].numpy(), want_heat=np.array(wanted)) for wanted in (True, False))
+    session, few = opened(tiny_graph), digits[:3].numpy()
+    hot, cold = (judged(session, few, want_heat=np.array(wanted)) for wanted in (True, False))
     assert hot["heat"].shape == (3, 16, 16)
     assert cold["heat"].shape == (0, 0, 0)
     np.testing.assert_array_equal(hot["score"], cold["score"])
@@ -150,8 +155,7 @@ def test_folds_are_ranked_member_by_member(digits, tmp_path):
     detector = Detector(spec, [*first.members, *second.members],
                         Calibration.of([*first.calibration.scores, *second.calibration.scores]))  # fmt: skip
     detector.probes = first.probes
-    drawn(detector, tmp_path)
-    assert_same(tmp_path / "b.onnx", detector, digits[:20], UNTRAINED)
+    assert_same(opened(drawn(detector, tmp_path)), detector, digits[:20], UNTRAINED)
 
 
 @pytest.mark.parametrize("more", [{}, {"region": {"polygon": [[0.1, 0.1], [0.9, 0.1], [0.5, 0.95]]}}])
@@ -162,10 +166,10 @@ def test_tiles_and_regions_are_exported_too(more, digits, tmp_path):
         spec = spec.model_copy(update={"image": spec.region.within(spec.image), "region": None})
     sized = torch.nn.functional.interpolate(digits.float(), (32, 48), mode="bilinear").byte()
     detector = made(spec, sized)
-    drawn(detector, tmp_path)
-    assert_same(tmp_path / "b.onnx", detector, sized[:5], UNTRAINED)
+    session = opened(drawn(detector, tmp_path))
+    assert_same(session, detector, sized[:5], UNTRAINED)
     if more:
-        assert (judged(tmp_path / "b.onnx", sized[:1].numpy())["heat"][0] == 0).any()
+        assert (judged(session, sized[:1].numpy())["heat"][0] == 0).any()
 
 
 def test_what_onnx_cannot_say_is_said_otherwise_to_within_rounding(digits):
@@ -190,26 +194,22 @@ def with_stored_scores(path: Path, place: Path, moved: float) -> Path:
     return place
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    full = [sys.executable, "-m", "anomaly_vae", "export", *map(str, arguments)]
-    return subprocess.run(full, capture_output=True, text=True, cwd=ROOT)
-
-
 def test_the_command_fails_where_probe_images_score_otherwise(tiny_bundle, tiny_detector, tmp_path):
     """Moved by less than loading allows on another device, but by more than was asked for."""
     other = with_stored_scores(tiny_bundle, tmp_path / "other", 5e-4 * quartile_range(tiny_detector))
-    done = command(other, "--to", "onnx", "--tolerance", "0.0002")
+    full = [sys.executable, "-m", "anomaly_vae", "export", other, "--to", "onnx", "--tolerance", "0.0002"]
+    done = subprocess.run(full, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1
     assert done.stderr.startswith("error: the exported graph moves scores of the bundle's probe images by 0.0005")
     assert len(done.stderr.strip().splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other"]
-    assert command(other, "--to", "onnx").returncode == 0
+    assert command("export", other, "--to", "onnx").returncode == 0
     assert (tmp_path / "other.onnx").is_file()
 
 
 def test_the_command_fails_where_stored_scores_are_others_altogether(tiny_bundle, tiny_detector, tmp_path):
     other = with_stored_scores(tiny_bundle, tmp_path / "other", quartile_range(tiny_detector))
-    done = command(other)
+    done = command("export", other)
     assert done.returncode == 2
     assert "scores its own probe images differently" in done.stderr
     assert not (tmp_path / "other.onnx").exists()

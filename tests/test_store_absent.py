@@ -2,14 +2,13 @@
 
 import re
 import shutil
-import subprocess
-import sys
 import time
 
 import httpx
 import numpy as np
 import pytest
 from conftest import write_digits
+from forked import command
 from serving import running
 
 from anomaly_vae import Detector
@@ -133,8 +132,7 @@ def test_a_place_that_can_never_be_a_store_is_one_line_at_the_start(
 ):
     (tmp_path / "letter.txt").write_text("Dear all, " * 500)
     place = place.format(folder=tmp_path, postgres=postgres_server.url())
-    command = [sys.executable, "-m", "anomaly_vae", "serve", str(tiny_bundle), "--port", "0", "-o", f"store={place}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = command("serve", tiny_bundle, "--port", "0", "-o", f"store={place}", timeout=120)
     assert done.returncode == 2, done.stderr
     lines = [line for line in done.stderr.strip().splitlines() if not line.startswith("starting: ")]
     assert (len(lines), says in lines[0]) == (1, True), done.stderr

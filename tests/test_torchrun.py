@@ -49,6 +49,7 @@ def test_two_processes_train_the_model_of_one(digits, tmp_path):
     for name, tensor in weights[0].items():
         assert (weights[1][name] - tensor).norm() <= NEAR * tensor.norm(), name
     engines = [Engine(Detector.load(path), "cpu") for path in (one, two)]
+    assert engines[1].detector.calibration.n == engines[0].detector.calibration.n > 50
     files = sorted(digits.rglob("*.png"))[::10]
     pictures = torch.stack([engines[0].prepare(path.read_bytes()) for path in files])
     scores = [np.array(engine.judge(pictures).score) for engine in engines]

@@ -3,8 +3,6 @@
 import hashlib
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -95,14 +93,6 @@ def test_same_seed_same_bundle_other_seed_other(small, tmp_path, tiny_spec):
         trained = train(short.with_overrides([f"seed={seed}"]), small, tmp_path / str(i), device="cpu")
         versions.append(trained.detector.version)
     assert versions[0] == versions[1] != versions[2]
-
-
-def test_two_processes_train_one_detector(small, tmp_path):
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "anomaly_vae"]
-    wanted = words(small, tmp_path / "two", "-o", "training.epochs=3", "-o", "model.network.norm=group")
-    done = subprocess.run([*run, *wanted], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert Detector.load(tmp_path / "two").calibration.n > 50
 
 
 def test_few_normals_are_folded_and_every_calibration_image_is_unseen_by_its_member(tmp_path, tiny_spec):
