@@ -114,10 +114,14 @@ class _Desk:
         self._deaths, self._staffed = deaths, False
 
     def ring(self, count: int, ended: bool, taken: int) -> None:
-        """There are `count` blocks, these are all if `ended`, and the rows of the first `taken` are there."""
+        """There are `count` blocks, these are all if `ended`, and the rows of the first `taken` are there.
+
+        Calls may overtake one another, so that none takes back what another said.
+        """
         with self._changed:
-            self._count, self._ended, self._taken = count, ended, taken
-            self._begun = {number: times for number, times in self._begun.items() if number >= taken}
+            self._count, self._taken = max(count, self._count), max(taken, self._taken)
+            self._ended = ended or self._ended
+            self._begun = {number: times for number, times in self._begun.items() if number >= self._taken}
             self._changed.notify_all()
 
     def has(self, number: int) -> bool:

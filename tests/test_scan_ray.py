@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -263,6 +264,21 @@ def test_a_machine_of_many_devices_is_shared_out():
         share([small], "cuda")
     with pytest.raises(ConfigError, match="contradict"):
         share([gpus], "cpu", gpus=1.0)
+
+
+def test_news_of_the_manifest_may_come_in_any_order():
+    desk = ray_pipeline._Desk(5)
+    for count, ended, taken in [(2, False, 0), (4, True, 1), (3, False, 2), (0, False, 0)]:
+        desk.ring(count, ended, taken)
+    asking = ThreadPoolExecutor(1)
+    try:
+        assert [asking.submit(desk.has, number).result(5) for number in range(4)] == [True] * 4
+        last = asking.submit(desk.has, 4)
+        desk.ring(4, True, 4)
+        assert last.result(5) is False
+    finally:
+        desk.ring(9, True, 9)  # whoever waits in vain must not keep the test from ending
+        asking.shutdown(wait=False)
 
 
 def test_mistakes_name_the_remedy(tiny_bundle, tmp_path, monkeypatch):
