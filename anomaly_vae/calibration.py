@@ -137,6 +137,11 @@ class Calibration:
         """For each member, the distance within which a score ties with one of its calibration scores."""
         return tuple(tie_of(fold, self.tie) for fold in self.scores)
 
+    @cached_property
+    def unit(self) -> float:
+        """The quartile range of all scores; never 0, so that it can divide."""
+        return max(quartile_range(np.concatenate(self.scores)), 1e-12)
+
     def rank(self, alpha: float, mode: Mode = "average") -> int:
         """k of `rank_allowed`; raises `CalibrationError` with the number of images it would take."""
         _check_alpha(alpha)
@@ -191,8 +196,13 @@ def tie_of(scores: Floats, tie: float = TIE) -> float:
     """The distance within which a score ties with one of these; see `TIE`."""
     if not len(scores):
         return 0.0
+    return tie * quartile_range(scores)
+
+
+def quartile_range(scores: Floats) -> float:
+    """From the first to the third quartile: the unit in which it is told how far scores move."""
     low, high = np.quantile(scores, [0.25, 0.75])
-    return tie * float(high - low)
+    return float(high - low)
 
 
 def benjamini_hochberg(p_values: npt.ArrayLike, fdr: float) -> npt.NDArray[np.bool_]:

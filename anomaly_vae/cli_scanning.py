@@ -121,7 +121,7 @@ def scan(
     if engine.remark:
         console.note(engine.remark)
     running = Scan(engine, pictures, out, Wanted(fdr, fresh, update))
-    score: Score = scored if decode == "cpu" or on_ray else _with_gpu(engine)
+    score: Score = scored
     if on_ray:
         from anomaly_vae.ray_cluster import Cluster
         from anomaly_vae.scan_ray import Opening, RayScored
@@ -131,6 +131,8 @@ def scan(
         score = RayScored(where_to, pictures, opening, running.ledger.folder, console.note)
     elif (address, actors, gpus_per_actor) != (None, None, None):
         raise ConfigError("--address, --actors and --gpus-per-actor are for --engine ray; add it")
+    elif decode == "gpu":
+        score = _with_gpu(engine)
     shown = pictures if pictures.plain and source != "-" else None
     with running, _interruptible():
         facts, lines = sending.finished_before(running, out, fresh or update), list[str]()

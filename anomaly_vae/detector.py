@@ -335,8 +335,7 @@ class Detector:
         if self.probes is None or self._probes_gave is None:
             return
         again, scores = self._probe_scores(self.probes), self._probes_gave
-        low, high = np.quantile(np.concatenate(self.calibration.scores), [0.25, 0.75])
-        moved = float(np.abs(again - scores).max()) / max(float(high - low), 1e-12)
+        moved = float(np.abs(again - scores).max()) / self.calibration.unit
         if not moved <= PROBE_TOLERANCE:
             raise BundleError(
                 f"{path} scores its own probe images differently on {self.device} (by {moved:.2g} quartile ranges, "

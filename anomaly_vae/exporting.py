@@ -135,8 +135,7 @@ def check(detector: Detector, stored: Floats, data: bytes, tolerance: float) -> 
     assert detector.probes is not None
     session = _session(data)
     probes = detector.probes.images
-    low, high = np.quantile(np.concatenate(detector.calibration.scores), [0.25, 0.75])
-    unit = max(float(high - low), 1e-12)
+    unit = detector.calibration.unit
     found = _judged(session, probes.numpy(), _AT_ONCE)
     moved = float(np.abs(found["score"] - stored).max()) / unit
     alone = _judged(session, probes[:4].numpy(), 1)

@@ -93,10 +93,8 @@ class GpuDecoding:
         return found
 
     def _moved(self, ours: Tensor, theirs: Tensor) -> float:
-        calibrated = np.concatenate([np.asarray(one) for one in self._engine.detector.calibration.scores])
-        low, high = np.quantile(calibrated, [0.25, 0.75])
         scores = [np.array(self._engine.judge(images).score) for images in (ours, theirs)]
-        return float(np.abs(scores[0] - scores[1]).max()) / max(float(high - low), 1e-12)
+        return float(np.abs(scores[0] - scores[1]).max()) / self._engine.detector.calibration.unit
 
     def _on_cores(self, one: Jpeg) -> Tensor | BadImage:
         try:

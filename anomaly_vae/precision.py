@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from anomaly_vae.calibration import quartile_range
 from anomaly_vae.compiled import Scoring
 from anomaly_vae.detector import Detector
 from anomaly_vae.errors import ConfigError
@@ -81,5 +82,4 @@ def _moved(detector: Detector, i: int, member: Member) -> float:
     batch = Batch(masked(detector.probes.images, detector.image))
     with torch.inference_mode():
         before, after = (one.judge(detector.spec, batch).score for one in (detector.members[i], member))
-    low, high = np.quantile(detector.calibration.scores[i], [0.25, 0.75])
-    return float(np.abs(after - before).max()) / max(float(high - low), 1e-12)
+    return float(np.abs(after - before).max()) / max(quartile_range(detector.calibration.scores[i]), 1e-12)
